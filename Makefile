@@ -1,0 +1,44 @@
+# Every target but `clean` works on a fresh machine: Python >= 3.11, make and pip are all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: help install train test test-slow lint format bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## the pinned versions into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "rlx needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make install PYTHON=python3.11" % v[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+train: install  ## PPO on playground/CartpoleSwingup, into a new folder of runs/
+	$(BIN)/rlx train ppo playground/CartpoleSwingup
+
+test: install  ## everything that is not slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+test-slow: install  ## learning and reproduction
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## rewrites what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## throughput, compile time and memory
+	$(BIN)/python -m experiments.benchmarks.throughput
+
+clean:  ## removes caches and the installation, never runs/
+	rm -rf $(VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

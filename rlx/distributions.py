@@ -1,0 +1,119 @@
+"""Action distributions. Each is a pytree of its parameters, batched over leading axes; the last axis is the event.
+
+All have `sample(key)`, `mode()`, `log_prob(value)`, `entropy(key)`, `kl(other)` and `to_action(value)`. Values are what
+the density is evaluated at (kept in `extras`); `to_action` makes of them what the environment receives.
+Log-probabilities, entropies and divergences are in nats, summed over the event: parameters [..., d] give [...].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Normal(NamedTuple):
+    """Independent normals. Actions are values clipped to [-1, 1]; the density is that of the unclipped value."""
+
+    mean: jax.Array  # [..., d] float32
+    std: jax.Array  # [..., d] float32, > 0
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """A value [..., d], differentiable in the parameters."""
+        return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+    def mode(self) -> jax.Array:
+        return self.mean
+
+    def log_prob(self, value: jax.Array) -> jax.Array:
+        z = (value - self.mean) / self.std
+        return -jnp.sum(0.5 * jnp.square(z) + jnp.log(self.std) + 0.5 * math.log(2 * math.pi), axis=-1)
+
+    def entropy(self, key: jax.Array | None = None) -> jax.Array:
+        """Exact; `key` is not used."""
+        return jnp.sum(jnp.log(self.std) + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
+
+    def kl(self, other: Normal) -> jax.Array:
+        """KL(self || other), exact."""
+        ratio = self.std / other.std  # before squaring: the square of a tiny std underflows
+        z = (self.mean - other.mean) / other.std
+        return jnp.sum(0.5 * (jnp.square(ratio) + jnp.square(z) - 1.0) - jnp.log(ratio), axis=-1)
+
+    def to_action(self, value: jax.Array) -> jax.Array:
+        return jnp.clip(value, -1.0, 1.0)
+
+
+def log_det_tanh(u: jax.Array) -> jax.Array:
+    """log |d tanh(u) / du|, elementwise: log(1 - tanh(u)^2), without the cancellation that makes that -inf near 10."""
+    return 2.0 * (math.log(2.0) - u - jax.nn.softplus(-2.0 * u))
+
+
+class TanhNormal(NamedTuple):
+    """The distribution of tanh(u) for independent normal u. Values are u, which is lost once tanh(u) rounds to 1."""
+
+    mean: jax.Array  # [..., d] float32, of u
+    std: jax.Array  # [..., d] float32, > 0, of u
+
+    @property
+    def base(self) -> Normal:
+        return Normal(self.mean, self.std)
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """A pre-tanh value u [..., d], differentiable in the parameters."""
+        return self.base.sample(key)
+
+    def mode(self) -> jax.Array:
+        """The mode of u. tanh of it is the median action (the density of tanh(u) may peak at the borders)."""
+        return self.mean
+
+    def log_prob(self, value: jax.Array) -> jax.Array:
+        """Log-density of the action tanh(u) at `value` = u."""
+        return self.base.log_prob(value) - jnp.sum(log_det_tanh(value), axis=-1)
+
+    def entropy(self, key: jax.Array) -> jax.Array:
+        """An unbiased one-sample estimate, differentiable: H(u) + E[log |d tanh(u)|] has no closed form."""
+        return self.base.entropy() + jnp.sum(log_det_tanh(self.sample(key)), axis=-1)
+
+    def kl(self, other: TanhNormal) -> jax.Array:
+        """KL(self || other), exact: tanh is one-to-one, its Jacobian cancels in the ratio, and the KL is that of u."""
+        return self.base.kl(other.base)
+
+    def to_action(self, value: jax.Array) -> jax.Array:
+        return jnp.tanh(value)
+
+
+class Categorical(NamedTuple):
+    """One of `n` values. A logit of -inf forbids a value; at least one must be finite."""
+
+    logits: jax.Array  # [..., n] float32, not necessarily normalised
+
+    def _log_probs(self) -> jax.Array:
+        return jax.nn.log_softmax(self.logits, axis=-1)
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """A value [...], int32."""
+        return jax.random.categorical(key, self.logits, axis=-1).astype(jnp.int32)
+
+    def mode(self) -> jax.Array:
+        """The first of the most probable values [...], int32."""
+        return jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
+
+    def log_prob(self, value: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(self._log_probs(), value[..., None], axis=-1)[..., 0]
+
+    def entropy(self, key: jax.Array | None = None) -> jax.Array:
+        """Exact; `key` is not used."""
+        log_p = self._log_probs()
+        p = jnp.exp(log_p)
+        return -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)  # 0 log 0 = 0
+
+    def kl(self, other: Categorical) -> jax.Array:
+        """KL(self || other), exact."""
+        log_p = self._log_probs()
+        p = jnp.exp(log_p)
+        return jnp.sum(p * jnp.where(p > 0, log_p - other._log_probs(), 0.0), axis=-1)
+
+    def to_action(self, value: jax.Array) -> jax.Array:
+        return value

@@ -1,0 +1,87 @@
+"""Networks that algorithms are made of. Heads and their meaning belong to the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlx.errors import UserError, unknown
+from rlx.types import PyTree
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "elu": nn.elu,
+    "gelu": nn.gelu,
+    "leaky_relu": nn.leaky_relu,
+    "mish": jax.nn.mish,
+    "relu": nn.relu,
+    "selu": nn.selu,
+    "sigmoid": nn.sigmoid,
+    "silu": nn.silu,
+    "softplus": nn.softplus,
+    "swish": nn.swish,
+    "tanh": nn.tanh,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The elementwise function called `name`; a UserError with close matches where there is none."""
+    if name not in ACTIVATIONS:
+        raise unknown("Activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
+
+
+def _kernel_init(scale: float) -> nn.initializers.Initializer:
+    """Uniform with variance scale / fan_in: lecun_uniform at 1, as in brax."""
+    return nn.initializers.variance_scaling(scale, "fan_in", "uniform")
+
+
+class MLP(nn.Module):
+    """Dense layers over the last axis: [..., d] -> [..., out]. Parameters float32, biases start at 0."""
+
+    hidden: tuple[int, ...]
+    out: int | None = None  # width of the linear output layer; None: end with the last hidden layer
+    activation: str = "swish"
+    output_scale: float = 1.0  # of the output kernel's variance; small for actors that shall start near zero
+    layer_norm: bool = False  # after each hidden activation, as in brax
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act = activation(self.activation)
+        for width in self.hidden:
+            x = act(nn.Dense(width, kernel_init=_kernel_init(1.0))(x))
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+        if self.out is None:
+            return x
+        return nn.Dense(self.out, kernel_init=_kernel_init(self.output_scale), name="output")(x)
+
+
+class GRU(nn.Module):
+    """One step of a gated recurrent unit (Cho et al. 2014, arXiv 1406.1078). Scan it over time outside."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, memory: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """memory [..., features] and x [..., d] -> the new memory and the output, both [..., features]."""
+        return nn.GRUCell(self.features)(memory, x)
+
+    @nn.nowrap
+    def initial_memory(self) -> jax.Array:
+        """Zeros [features]: one unbatched memory, needs no parameters."""
+        return jnp.zeros(self.features, jnp.float32)
+
+
+def select(obs: PyTree, key: str) -> PyTree:
+    """`obs[key]` of a dict observation; an array (or a spec of one) is passed through.
+
+    Raises a UserError, while tracing, that names the keys there are.
+    """
+    if not isinstance(obs, Mapping):
+        return obs
+    if key not in obs:
+        raise UserError(f"{unknown('Observation key', key, obs)} The keys there are: {', '.join(sorted(obs))}.")
+    return obs[key]

@@ -1,0 +1,133 @@
+"""Learning curves of runs, as a picture. matplotlib and scipy are imported when used; pyplot is never touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlx.errors import UserError, unknown
+from rlx.logging import RunDirectory, read_metrics
+
+SUFFIXES = (".png", ".svg", ".pdf")
+LABELS = {"eval/return": "mean return of an evaluation episode", "train/return": "mean return of a training episode"}
+
+
+class Curve(NamedTuple):
+    """One metric of one run."""
+
+    env: str
+    algorithm: str
+    steps: np.ndarray  # [n] environment steps, ascending
+    values: np.ndarray  # [n] finite
+
+
+def plot(
+    runs: Sequence[RunDirectory | str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    metric: str = "eval/return",
+) -> Path:
+    """Draws `metric` over environment steps: a panel an environment, a line (mean over its runs) an algorithm.
+
+    The band is the 95 % bootstrap interval of the mean from three runs on, the range for two. Where some run has no
+    evaluation, the returns of training are drawn for all. Returns the path written.
+
+    Raises UserError for no runs, a run without rows, a metric that no row has, a suffix other than png, svg, pdf.
+    """
+    target = Path(out)
+    if target.suffix.lower() not in SUFFIXES:
+        raise UserError(f"cannot draw to {str(out)!r}: the name must end in {', '.join(SUFFIXES)}.")
+    if not runs:
+        raise UserError("there is nothing to plot: name at least one run directory.")
+    opened = [run if isinstance(run, RunDirectory) else RunDirectory.open(run) for run in runs]
+    rows = [_rows(run) for run in opened]
+    metric = _available(metric, opened, rows)
+    curves = [_curve(run, of_run, metric) for run, of_run in zip(opened, rows, strict=True)]
+    _draw(curves, LABELS.get(metric, metric), target)
+    return target
+
+
+def _rows(run: RunDirectory) -> list[dict[str, float]]:
+    rows = read_metrics(run.metrics_path)
+    if not rows:
+        raise UserError(f"run {str(run.path)!r} has no metrics yet: {str(run.metrics_path)!r} is empty.")
+    return rows
+
+
+def _has(rows: list[dict[str, float]], metric: str) -> bool:
+    return any(np.isfinite(row.get(metric, np.nan)) for row in rows)
+
+
+def _available(metric: str, runs: list[RunDirectory], rows: list[list[dict[str, float]]]) -> str:
+    """`metric`, or the return of training where not every run was evaluated."""
+    for candidate in (metric, "train/return") if metric == "eval/return" else (metric,):
+        if all(_has(of_run, candidate) for of_run in rows):
+            return candidate
+    run, of_run = next((r, x) for r, x in zip(runs, rows, strict=True) if not _has(x, metric))
+    names = {name for row in of_run for name in row if _has(of_run, name)} - {"step"}
+    raise unknown(f"in run {str(run.path)!r} the metric", metric, names)
+
+
+def _curve(run: RunDirectory, rows: list[dict[str, float]], metric: str) -> Curve:
+    points = {row["step"]: row[metric] for row in rows if np.isfinite(row.get(metric, np.nan))}
+    steps = np.array(sorted(points), np.float64)
+    env = str(run.config.get("env", "environment"))
+    algorithm = str(run.config.get("algorithm", "algorithm")).removeprefix("rlx.algorithms.")
+    return Curve(env, algorithm, steps, np.array([points[step] for step in steps]))
+
+
+def band(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, mean, low and high [n] of several runs, over the steps that all of them cover.
+
+    Runs that were measured at different steps are interpolated linearly.
+    """
+    first, last = max(c.steps[0] for c in curves), min(c.steps[-1] for c in curves)
+    steps = np.unique(np.concatenate([c.steps for c in curves]))
+    inside = steps[(steps >= first) & (steps <= last)]
+    steps = inside if inside.size else steps
+    values = np.stack([np.interp(steps, c.steps, c.values) for c in curves])
+    mean = values.mean(axis=0)
+    if len(curves) < 3:
+        return steps, mean, values.min(axis=0), values.max(axis=0)
+    from rlx.statistics import stratified_bootstrap_interval  # imports scipy.stats, which is slow
+
+    bounds = [stratified_bootstrap_interval(x[:, None], np.mean, num_resamples=500) for x in values.T]
+    low, high = np.array(bounds).T
+    return steps, mean, low, high
+
+
+def _draw(curves: Sequence[Curve], label: str, target: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    envs = sorted({curve.env for curve in curves})
+    num_columns = min(len(envs), 3)
+    num_rows = -(-len(envs) // num_columns)
+    figure = Figure(figsize=(5.6 * num_columns, 3.8 * num_rows), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for panel in panels[len(envs) :]:
+        panel.remove()
+    for env, panel in zip(envs, panels, strict=False):
+        _draw_panel(panel, env, [curve for curve in curves if curve.env == env], label)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target)
+
+
+def _draw_panel(panel: Any, env: str, curves: Sequence[Curve], label: str) -> None:
+    for algorithm in sorted({curve.algorithm for curve in curves}):
+        group = [curve for curve in curves if curve.algorithm == algorithm]
+        steps, mean, low, high = band(group)
+        about = {1: "1 run", 2: "mean and range of 2 runs"}
+        name = f"{algorithm} ({about.get(len(group), f'mean of {len(group)} runs, 95 % interval')})"
+        (line,) = panel.plot(steps, mean, label=name, marker="." if steps.size < 30 else None)
+        if len(group) > 1:
+            panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    panel.set_title(env)
+    panel.set_xlabel("environment steps")
+    panel.set_ylabel(label)
+    panel.grid(alpha=0.3)
+    panel.legend()

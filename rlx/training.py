@@ -1,0 +1,455 @@
+"""TrainState, make_epoch and train: the only training loop. It names no algorithm and no environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlx.algorithm import Algorithm, LearnerState, Plan, Policy, Source, SourceState
+from rlx.checkpoint import Checkpointer, first_nonfinite
+from rlx.environment import Environment
+from rlx.errors import NonFiniteError, UserError, require
+from rlx.evaluation import EvalResult, make_evaluate
+from rlx.logging import JsonlWriter, Progress, RunDirectory, TensorboardWriter, Writer, read_metrics, write_atomically
+from rlx.plotting import plot
+from rlx.rollout import make_source
+from rlx.types import EpisodeStats, Metrics, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    total_steps: int = 1_000_000  # inner environment steps; rounded up to whole iterations
+    num_envs: int = 256  # parallel environments
+    unroll_length: int = 32  # decisions an environment takes in one iteration
+    seed: int = 0  # decides everything that is random
+    iterations_per_epoch: int = 0  # iterations in one compiled block; 0: about 50 epochs in the run
+    num_evals: int = 10  # evaluations after the one at the start, evenly spaced, the last at the end; 0: none
+    eval_episodes: int = 64  # episodes an evaluation
+    eval_decisions: int = 0  # cut of an episode without an ending; 0: the environment's time limit
+    reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of states drawn once an epoch, or anew
+    reset_pool_size: int = 128  # states in that pool
+    num_checkpoints: int = 10  # saves, evenly spaced, the last at the end; 0: none
+    keep_checkpoints: int = 2  # whole ones kept beside the best policy
+
+
+class TrainState(NamedTuple):
+    """All that a run is: a pytree of arrays."""
+
+    learner: LearnerState
+    source: SourceState
+    key: jax.Array  # the root key; never changes
+    iteration: jax.Array  # () int32
+
+
+class EpochMetrics(NamedTuple):
+    """Sums over the iterations of an epoch, and for `nonfinite` the largest."""
+
+    iterations: jax.Array
+    train: Metrics
+    stats: EpisodeStats
+
+
+class Run(NamedTuple):
+    """What `train` returns."""
+
+    state: TrainState
+    history: list[dict[str, float]]  # the rows of metrics.jsonl
+    policy: Policy  # greedy
+    interrupted: bool  # a signal ended it early; `resume` goes on
+
+
+def init_state(algorithm: Algorithm, source: Source, key: jax.Array, policy: Policy | None = None) -> TrainState:
+    """The state at iteration 0. `policy` starts the learner from another run's."""
+    init_key, _, pool_key, _ = jax.random.split(key, 4)
+    learner_key, source_key = jax.random.split(init_key)
+    learner = algorithm.init(learner_key, policy)
+    return TrainState(learner, source.init(algorithm, source_key), key, jnp.zeros((), jnp.int32))
+
+
+def make_epoch(
+    algorithm: Algorithm, source: Source, plan: Plan, iterations_per_epoch: int
+) -> Callable[[TrainState], tuple[TrainState, EpochMetrics]]:
+    """A pure function: up to `iterations_per_epoch` rounds of collect and update, never past `plan.num_iterations`.
+
+    Keys are folded from the root key by iteration, so a restored run continues bit for bit.
+    """
+
+    @jax.jit
+    def iterate(state: TrainState) -> tuple[TrainState, EpochMetrics]:
+        _, train_key, _, _ = jax.random.split(state.key, 4)
+        collect_key, update_key = jax.random.split(jax.random.fold_in(train_key, state.iteration))
+        policy = algorithm.policy(state.learner, "explore")
+        source_state, trajectory, stats = source.collect(algorithm, policy, state.source, collect_key)
+        learner, metrics = algorithm.update(state.learner, trajectory, state.iteration, update_key)
+        state = TrainState(learner, source_state, state.key, state.iteration + 1)
+        metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
+        return state, EpochMetrics(jnp.ones((), jnp.float32), metrics, stats)
+
+    def epoch(state: TrainState) -> tuple[TrainState, EpochMetrics]:
+        _, _, pool_key, _ = jax.random.split(state.key, 4)
+        state = state._replace(source=source.refresh(state.source, jax.random.fold_in(pool_key, state.iteration)))
+        count = jnp.minimum(iterations_per_epoch, plan.num_iterations - state.iteration)
+        _, shapes = jax.eval_shape(iterate, state)  # `iterate` is jitted: it is traced once, here
+        zeros = jax.tree.map(lambda x: jnp.full(x.shape, -1 if x.dtype == jnp.int32 else 0, x.dtype), shapes)
+
+        def body(_, carry):
+            state, sums = carry
+            state, new = iterate(state)
+            nonfinite = jax.tree.map(jnp.maximum, sums.stats.nonfinite, new.stats.nonfinite)
+            sums = jax.tree.map(jnp.add, sums, new)
+            return state, sums._replace(stats=sums.stats._replace(nonfinite=nonfinite))
+
+        return jax.lax.fori_loop(0, count, body, (state, zeros))
+
+    return epoch
+
+
+class Schedule(NamedTuple):
+    """When the driver visits the host: a pure function of the iteration, so that a resumed run keeps it."""
+
+    plan: Plan
+    iterations_per_epoch: int
+
+    @property
+    def num_epochs(self) -> int:
+        return -(-self.plan.num_iterations // self.iterations_per_epoch)
+
+    def after(self, iteration: int) -> int:
+        """The iteration at the next epoch's end."""
+        return min(iteration + self.iterations_per_epoch, self.plan.num_iterations)
+
+    def due(self, iteration: int, times: int) -> bool:
+        """Whether one of `times` evenly spaced events falls on the epoch that ends at `iteration`."""
+        epoch = -(-iteration // self.iterations_per_epoch)
+        return epoch * times // self.num_epochs > (epoch - 1) * times // self.num_epochs
+
+
+def make_plan(env: Environment, config: TrainConfig) -> Schedule:
+    """Sizes of the run from its settings. Raises UserError for a field that cannot be."""
+    for name in ("total_steps", "num_envs", "unroll_length", "eval_episodes", "reset_pool_size", "keep_checkpoints"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    for name in ("iterations_per_epoch", "num_evals", "num_checkpoints", "eval_decisions"):
+        require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
+    require(0 <= config.seed < 2**32, "seed", config.seed, "an integer from 0 to 2^32 - 1")
+    require(config.reset in ("pool", "always"), "reset", config.reset, "pool or always")
+    plan = Plan(config.num_envs, config.unroll_length, 0, env.spec.action_repeat)
+    num_iterations = -(-config.total_steps // plan.steps_per_iteration)
+    per_epoch = config.iterations_per_epoch or max(1, num_iterations // 50)
+    return Schedule(plan._replace(num_iterations=num_iterations), min(per_epoch, num_iterations))
+
+
+class Programs(NamedTuple):
+    """What is compiled ahead of the first step."""
+
+    init: Callable[..., TrainState]  # (key, policy)
+    epoch: Callable[[TrainState], tuple[TrainState, EpochMetrics]]  # donates its argument
+    evaluate: Callable[..., EvalResult]  # (policy, key)
+    abstract_state: TrainState
+
+
+def compile_programs(
+    env: Environment, algorithm: Algorithm, schedule: Schedule, config: TrainConfig, policy: Policy, progress: Progress
+) -> Programs:
+    """Traces and compiles everything a run needs, telling `progress` which of the two goes on."""
+    source = make_source(env, schedule.plan, config.reset, config.reset_pool_size)
+    epoch = jax.jit(make_epoch(algorithm, source, schedule.plan, schedule.iterations_per_epoch), donate_argnums=0)
+    key = jax.random.key(config.seed)
+    with progress.phase("tracing"):
+        init = jax.jit(lambda key, policy: init_state(algorithm, source, key, policy)).trace(key, policy)
+        state = init.out_info
+        traced_epoch = epoch.trace(state)
+        check_fixed_point(state, traced_epoch.out_info[0])
+        traced = [init, traced_epoch]
+        if config.num_evals:
+            evaluate = make_evaluate(env, algorithm, config.eval_episodes, "greedy", config.eval_decisions)
+            greedy = jax.eval_shape(lambda learner: algorithm.policy(learner, "greedy"), state.learner)
+            traced.append(jax.jit(evaluate).trace(greedy, key))
+    with progress.phase("compiling"):
+        compiled = [program.lower().compile() for program in traced]
+    return Programs(compiled[0], compiled[1], compiled[-1], state)
+
+
+def check_fixed_point(before: PyTree, after: PyTree) -> None:
+    """Raises UserError where an epoch changes a leaf's shape, dtype or weak type: it would not run twice."""
+    changed = [
+        f"{jax.tree_util.keystr(path)}: {b} became {a}"
+        for (path, b), a in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+        if (b.shape, b.dtype, b.weak_type) != (a.shape, a.dtype, a.weak_type)
+    ]
+    if changed:
+        raise UserError("The state of a run must keep its shapes, dtypes and weak types; " + "; ".join(changed[:5]))
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a request that the loop sees at the epoch's end. A second Ctrl-C interrupts."""
+
+    def __init__(self, progress: Progress):
+        self.requested = False
+        self._progress = progress
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._progress.message(f"{signal.Signals(number).name}: saving at the end of this epoch, then stopping")
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Recorder:
+    """The host's side of a run: rows of metrics, evaluations, checkpoints. Gives nothing back to the program."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        directory: RunDirectory | None,
+        checkpointer: Checkpointer | None,
+        writers: Sequence[Writer],
+        progress: Progress,
+        history: list[dict[str, float]],
+    ):
+        self.history = history
+        self._schedule, self._directory, self._checkpointer = schedule, directory, checkpointer
+        self._writers, self._progress = writers, progress
+        self._started = self._last_ready = time.perf_counter()
+        self._last_iteration = 0
+
+    def begin(self, iteration: int) -> None:
+        """Training starts here, at `iteration`."""
+        self._last_iteration = iteration
+        self._started = self._last_ready = time.perf_counter()
+
+    def epoch(self, iteration: int, metrics: EpochMetrics, learner: LearnerState) -> dict[str, float]:
+        """Waits for an epoch, checks that it is finite, and returns its row."""
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        self._check_finite(iteration, metrics, learner)
+        per_iteration = self._schedule.plan.steps_per_iteration
+        rate = (iteration - self._last_iteration) * per_iteration / (now - self._last_ready)
+        self._last_iteration, self._last_ready = iteration, now
+        stats, count = metrics.stats, metrics.iterations
+        row = {f"train/{k}": float(v / count) for k, v in metrics.train.items()}
+        row |= {f"train/{k}": float(v / count) for k, v in stats.info.items()}
+        row["train/episodes"] = float(stats.episodes)
+        if stats.episodes:
+            row["train/return"] = float(stats.returns / stats.episodes)
+            row["train/length"] = float(stats.lengths / stats.episodes)
+        return row | {"time/steps_per_second": rate, "time/elapsed": now - self._started}
+
+    def _check_finite(self, iteration: int, metrics: EpochMetrics, learner: LearnerState) -> None:
+        ends = f"in the epoch that ended at iteration {iteration}"
+        for leaf, index in metrics.stats.nonfinite.items():
+            if index >= 0:
+                raise NonFiniteError(f"Environment {index} gave a value that is not finite in {leaf} {ends}.")
+        for name, value in metrics.train.items():
+            if not np.isfinite(value):
+                leaf = first_nonfinite(learner) or "none"
+                raise NonFiniteError(f"{name} is {value} {ends}; first leaf of the learner not finite: {leaf}.")
+
+    def evaluation(self, iteration: int, result: EvalResult, policy: Policy) -> dict[str, float]:
+        """Writes eval.json, keeps the policy if it is the best so far, and returns the row's entries."""
+        returns, lengths = np.asarray(result.returns), np.asarray(result.lengths)
+        step = self.step(iteration)
+        if self._directory:
+            entry = {"step": step, "mode": "greedy", "returns": returns.tolist(), "lengths": lengths.tolist()}
+            write_atomically(self._directory.path / "eval.json", json.dumps(entry))
+        if self._checkpointer:
+            self._checkpointer.save_best(step, policy, float(returns.mean()))
+        mean, std = float(returns.mean()), float(returns.std())
+        return {"eval/return": mean, "eval/return_std": std, "eval/length": float(lengths.mean())}
+
+    def write(self, iteration: int, row: Mapping[str, float]) -> dict[str, float]:
+        """Sends a row to every writer and to the progress display."""
+        step = self.step(iteration)
+        for writer in self._writers:
+            writer.write(step, row)
+        self.history.append({"step": step, **row})
+        self._progress.update(step, row.get("time/steps_per_second", 0.0), row)
+        return self.history[-1]
+
+    def save(self, iteration: int, state: TrainState) -> None:
+        """Copies the state and writes it in the background."""
+        if self._checkpointer:
+            leaf = first_nonfinite(state.learner)
+            if leaf:
+                raise NonFiniteError(f"The learner is not finite at iteration {iteration}: {leaf}. Nothing was saved.")
+            self._checkpointer.save(self.step(iteration), state)
+
+    def resume_clock(self) -> None:
+        """What the host did since the last epoch (evaluation, saving) does not count as training time."""
+        self._last_ready = time.perf_counter()
+
+    def step(self, iteration: int) -> int:
+        return iteration * self._schedule.plan.steps_per_iteration
+
+
+def run_epochs(
+    programs: Programs,
+    schedule: Schedule,
+    config: TrainConfig,
+    algorithm: Algorithm,
+    state: TrainState,
+    recorder: Recorder,
+    stop: StopSignal,
+    on_epoch: Callable[[dict[str, float]], Any] | None,
+) -> TrainState:
+    """The loop. The host handles an epoch's metrics after it has dispatched the next one."""
+    on_epoch = on_epoch or (lambda row: None)
+    iteration = int(state.iteration)
+    _, _, _, eval_key = jax.random.split(state.key, 4)
+
+    def evaluate(state: TrainState, iteration: int) -> dict[str, float]:
+        policy = algorithm.policy(state.learner, "greedy")
+        return recorder.evaluation(iteration, programs.evaluate(policy, eval_key), policy)
+
+    if iteration == 0 and config.num_evals:
+        recorder.write(0, evaluate(state, 0))
+    recorder.begin(iteration)
+    pending: tuple[int, EpochMetrics] | None = None
+    stopping = False
+    while iteration < schedule.plan.num_iterations and not stopping:
+        state, metrics = programs.epoch(state)
+        if pending:
+            stopping = bool(on_epoch(recorder.write(pending[0], recorder.epoch(*pending, state.learner))))
+        iteration = schedule.after(iteration)
+        pending = (iteration, metrics)
+        evaluates = schedule.due(iteration, config.num_evals)
+        last = iteration == schedule.plan.num_iterations
+        if evaluates or last or stop.requested or stopping or schedule.due(iteration, config.num_checkpoints):
+            row = recorder.epoch(*pending, state.learner)
+            pending = None
+            row |= evaluate(state, iteration) if evaluates else {}
+            stopping |= bool(on_epoch(recorder.write(iteration, row))) | stop.requested
+            if stopping or schedule.due(iteration, config.num_checkpoints):
+                recorder.save(iteration, state)
+            recorder.resume_clock()
+    return state
+
+
+def describe(
+    algorithm: Any, env: Environment, config: Any, train_config: TrainConfig, schedule: Schedule
+) -> dict[str, Any]:
+    """What config.json holds of a run that is begun from Python; the command line adds what builds it again."""
+    return {
+        "algorithm": getattr(algorithm, "__name__", type(algorithm).__name__).rpartition(".")[2],
+        "env": type(env).__name__,
+        "train": dataclasses.asdict(train_config),
+        "algo": dataclasses.asdict(config),
+        "plan": {**schedule.plan._asdict(), "iterations_per_epoch": schedule.iterations_per_epoch},
+    }
+
+
+def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises UserError where a run is to be resumed with other settings than it was begun with."""
+    given = json.loads(json.dumps(given))
+    for part in ("train", "algo", "plan"):
+        for name, value in given[part].items():
+            old = recorded.get(part, {}).get(name, value)
+            require(old == value, f"{part}.{name}", value, f"the run to resume was begun with {old!r}")
+
+
+def train(
+    env: Environment,
+    algorithm: Any,
+    train_config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
+    config: Any = None,
+    *,
+    run_dir: str | Path | None = None,
+    record: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    init_policy: Policy | None = None,
+    on_epoch: Callable[[dict[str, float]], Any] | None = None,
+    progress: Progress | None = None,
+    writers: Sequence[Writer] = (),
+) -> Run:
+    """Trains, and with `run_dir` records everything that is needed to go on.
+
+    Args:
+        env: see `rlx.environment.Environment`.
+        algorithm: a module (or any object) with `Config`, `make` and, if it has any, `check`.
+        train_config: sizes of the run.
+        config: the algorithm's Config; its defaults if None.
+        run_dir: where config.json, metrics.jsonl, tensorboard/, checkpoints/, eval.json, curve.png go. None: nowhere.
+        record: more entries for config.json (what builds the environment again, say).
+        overwrite: replaces a run that `run_dir` already holds.
+        resume: goes on from the newest whole checkpoint in `run_dir`, bit for bit as if nothing had happened.
+        init_policy: another run's policy to start from.
+        on_epoch: called with each row of metrics; a true answer ends the run after a save.
+        progress: where phases and progress are shown; None: a display of its own on stderr.
+        writers: more places for the rows of metrics.
+
+    Raises:
+        UserError: settings that cannot work, before anything compiles; a run directory in use; a disk that is full.
+        NonFiniteError: a NaN or infinity in the losses or the environment.
+    """
+    config = algorithm.Config() if config is None else config
+    schedule = make_plan(env, train_config)
+    check = getattr(algorithm, "check", None)
+    if check:
+        check(config, env.spec, schedule.plan)
+    learner = algorithm.make(config, env.spec, schedule.plan)
+    progress = progress or Progress(schedule.plan.num_iterations * schedule.plan.steps_per_iteration)
+    description = describe(algorithm, env, config, train_config, schedule) | dict(record or {})
+    directory = None
+    if run_dir is not None and resume:
+        directory = RunDirectory.open(run_dir)
+        check_same_settings(directory.config, description)
+    elif run_dir is not None:
+        directory = RunDirectory.create(run_dir, description, overwrite)
+    programs = compile_programs(env, learner, schedule, train_config, init_policy, progress)
+    state, checkpointer, history = None, None, []
+    if directory:
+        metadata = {name: directory.config[name] for name in ("algorithm", "env")}
+        checkpointer = Checkpointer(directory.checkpoints_path, train_config.keep_checkpoints, metadata)
+        step = None
+        if resume:
+            state, step, history = restore(directory, checkpointer, programs.abstract_state, progress)
+        jsonl = JsonlWriter(directory.metrics_path, step)
+        writers = [jsonl, TensorboardWriter(directory.path / "tensorboard", step), *writers]
+    if state is None:
+        state = programs.init(jax.random.key(train_config.seed), init_policy)
+    recorder = Recorder(schedule, directory, checkpointer, writers, progress, history)
+    try:
+        with StopSignal(progress) as stop, progress.phase("training"):
+            state = run_epochs(programs, schedule, train_config, learner, state, recorder, stop, on_epoch)
+    finally:
+        for resource in (checkpointer, *writers, progress):
+            if resource:
+                resource.close()
+    iteration = int(state.iteration)
+    if directory:
+        plot([directory.path], directory.path / "curve.png")
+    interrupted = iteration < schedule.plan.num_iterations
+    return Run(state, recorder.history, learner.policy(state.learner, "greedy"), interrupted)
+
+
+def restore(
+    directory: RunDirectory, checkpointer: Checkpointer, abstract_state: TrainState, progress: Progress
+) -> tuple[TrainState | None, int, list[dict[str, float]]]:
+    """The newest whole checkpoint, its step, and the rows up to it; (None, -1, []) if none was ever begun."""
+    if checkpointer.empty():
+        progress.message("no checkpoint yet: starting from the beginning")
+        return None, -1, []
+    state, step = checkpointer.restore(abstract_state)
+    progress.message(f"resuming at step {step}")
+    rows = read_metrics(directory.metrics_path) if directory.metrics_path.exists() else []
+    return state, step, [row for row in rows if row["step"] <= step]

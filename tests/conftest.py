@@ -1,0 +1,11 @@
+"""Settings of jax for every test and for every process that a test starts: hence the environment, not jax.config."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

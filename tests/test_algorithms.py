@@ -1,0 +1,170 @@
+"""The contract that every member of ALGORITHMS keeps, over continuous, discrete and dict-observation environments."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlx.algorithm import Algorithm, Plan
+from rlx.algorithms import ALGORITHMS
+from rlx.rollout import make_source
+from rlx.training import TrainState, init_state, make_epoch
+from rlx.types import Box, Discrete
+from tests.worlds import Counter
+
+PLAN = Plan(num_envs=8, unroll_length=8, num_iterations=4)
+WORLDS = {
+    "continuous": Counter(5, action=Box((2,), low=(-3.0, -1.0), high=(3.0, 0.5))),
+    "discrete": Counter(5, "terminated", action=Discrete(3)),
+    "asymmetric": Counter(5, asymmetric=True),
+}
+
+
+def module_of(name: str):
+    return importlib.import_module(ALGORITHMS[name])
+
+
+@functools.cache
+def setup(name: str, world: str):
+    """Algorithm, its epoch of one iteration (jitted), and a start state."""
+    env, module = WORLDS[world], module_of(name)
+    config = module.Config()
+    module.check(config, env.spec, PLAN)
+    algorithm = module.make(config, env.spec, PLAN)
+    source = make_source(env, PLAN)
+    pure, traces = make_epoch(algorithm, source, PLAN, 1), []
+
+    @jax.jit
+    def epoch(state):
+        traces.append(None)
+        assert len(traces) == 1, "the epoch was traced twice"
+        return pure(state)
+
+    state = jax.jit(lambda key: init_state(algorithm, source, key))(jax.random.key(0))
+    return algorithm, epoch, state
+
+
+every = pytest.mark.parametrize(("name", "world"), [(n, w) for n in ALGORITHMS for w in WORLDS])
+
+
+@every
+def test_one_trace_serves_all_iterations_and_the_state_is_a_fixed_point(name, world):
+    _, epoch, state = setup(name, world)
+    one, _ = epoch(state)
+    two, _ = epoch(one)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, one) == jax.tree.map(jax.typeof, two)
+
+
+@every
+def test_the_key_decides_everything(name, world):
+    _, epoch, state = setup(name, world)
+    one, two = epoch(state), epoch(state)
+    other = epoch(state._replace(key=jax.random.key(1)))
+    jax.tree.map(np.testing.assert_array_equal, one[0].learner, two[0].learner)
+    leaves = zip(jax.tree.leaves(one[0].learner), jax.tree.leaves(other[0].learner), strict=True)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in leaves)
+
+
+@every
+def test_an_update_changes_the_policy_and_metrics_are_finite_scalars(name, world):
+    algorithm, epoch, state = setup(name, world)
+    for _ in range(PLAN.num_iterations):
+        before, (state, metrics) = state, epoch(state)
+    assert metrics.train
+    for key, value in metrics.train.items():
+        assert value.shape == () and np.isfinite(value), key
+    old, new = (algorithm.policy(s.learner, "greedy") for s in (before, state))
+    leaves = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in leaves)
+
+
+@every
+@pytest.mark.parametrize("mode", ["explore", "sample", "greedy"])
+def test_actions_are_what_the_spec_says(name, world, mode):
+    algorithm, _, state = setup(name, world)
+    spec = WORLDS[world].spec
+    policy = algorithm.policy(state.learner, mode)
+    memory, action, _ = algorithm.act(policy, state.source.memory, state.source.obs, jax.random.key(1), mode)
+    assert jax.tree.map(jax.typeof, memory) == jax.tree.map(jax.typeof, state.source.memory)
+    if isinstance(spec.action, Discrete):
+        assert action.dtype == jnp.int32 and action.shape == (PLAN.num_envs,)
+        assert ((action >= 0) & (action < spec.action.num_values)).all()
+    else:
+        assert action.dtype == jnp.float32 and action.shape == (PLAN.num_envs, *spec.action.shape)
+        assert (jnp.abs(action) <= 1).all()
+
+
+@every
+def test_greedy_is_deterministic_and_sampling_is_not(name, world):
+    algorithm, _, state = setup(name, world)
+    draw = lambda mode, seed: np.asarray(  # noqa: E731
+        algorithm.act(
+            algorithm.policy(state.learner, mode), state.source.memory, state.source.obs, jax.random.key(seed), mode
+        )[1]
+    )
+    np.testing.assert_array_equal(draw("greedy", 0), draw("greedy", 1))
+    assert (draw("sample", 0) != draw("sample", 1)).any()
+
+
+@every
+def test_a_policy_is_enough_to_start_another_learner(name, world):
+    algorithm, epoch, state = setup(name, world)
+    policy = algorithm.policy(epoch(state)[0].learner, "greedy")
+    other = algorithm.policy(algorithm.init(jax.random.key(5), policy), "greedy")
+    act = lambda p: algorithm.act(p, state.source.memory, state.source.obs, jax.random.key(0), "greedy")[1]  # noqa: E731
+    np.testing.assert_array_equal(act(policy), act(other))
+    assert len(jax.tree.leaves(policy)) < len(jax.tree.leaves(state.learner))
+
+
+@every
+def test_the_ratio_of_the_first_minibatch_is_one(name, world):
+    _, epoch, state = setup(name, world)
+    for _ in range(2):
+        state, metrics = epoch(state)
+        if "first_ratio_deviation" not in metrics.train:
+            pytest.skip("has no ratio")
+        assert float(metrics.train["first_ratio_deviation"]) < 2e-6
+
+
+@every
+def test_seeds_and_float_settings_can_be_mapped_over(name, world):
+    """`make` runs inside vmap: learning rates times seeds are one program, equal to each run alone."""
+    env, module = WORLDS[world], module_of(name)
+    source = make_source(env, PLAN)
+    floats = {f.name: getattr(module.Config(), f.name) for f in dataclasses.fields(module.Config) if f.type == "float"}
+    traced = {k: jnp.asarray([v, v * 0.9], jnp.float32) for k, v in floats.items()}
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def run(key, floats):
+        algorithm = module.make(dataclasses.replace(module.Config(), **floats), env.spec, PLAN)
+        assert isinstance(algorithm, Algorithm)
+        state = init_state(algorithm, source, key)
+        return make_epoch(algorithm, source, PLAN, 2)(state)[0]
+
+    # `iteration` is never mapped: gates rely on it
+    axes = TrainState(0, 0, 0, None)
+    both = jax.jit(jax.vmap(run, out_axes=axes))(keys, traced)
+    for i in range(2):
+        alone = jax.jit(run)(keys[i], {k: v[i] for k, v in traced.items()})
+        close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
+        jax.tree.map(lambda a, b, i=i: close(np.asarray(a)[i], np.asarray(b)), both.learner, alone.learner)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_setting_is_explained_and_the_file_reads_in_the_agreed_order(name):
+    module = module_of(name)
+    source = inspect.getsource(module)
+    config = inspect.getsource(module.Config)
+    for field in dataclasses.fields(module.Config):
+        assert re.search(rf"^    {field.name}: [^#]+  # \S+", config, re.M), f"{field.name} has no comment"
+        assert field.type in ("float", "int", "bool", "str", "tuple[int, ...]"), field.type
+    assert source.index("class Config") < source.index("def check") < source.index("def make")
+    assert re.search(r"\d{4}\.\d{4,5}", module.__doc__), "the docstring cites the paper"

@@ -1,0 +1,61 @@
+"""Evaluation: N instances, each counted once from reset to its first end."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlx.algorithm import Plan
+from rlx.evaluation import make_evaluate
+from rlx.types import Box, Spec, TimeStep, UserError
+from tests.worlds import Counter, constant_algorithm
+
+
+class RandomLength:
+    """Ends after a number of steps drawn at reset, 1 to 5; a reward of 1 a step, NaN behind the end."""
+
+    spec = Spec(obs=jax.ShapeDtypeStruct((), jnp.float32), action=Box((1,)), episode_length=10)
+
+    def reset(self, key, params):
+        length = jax.random.randint(key, (), 1, 6)
+        return (jnp.zeros((), jnp.int32), length), length.astype(jnp.float32)
+
+    def step(self, state, action, key):
+        t, length = state[0] + 1, state[1]
+        reward = jnp.where(t > length, jnp.nan, 1.0)
+        obs = length.astype(jnp.float32)
+        return (t, length), TimeStep(obs, reward, t == length, jnp.zeros((), bool), obs, {})
+
+
+def evaluate(env, episodes=16, mode="greedy", **kwargs):
+    algorithm = constant_algorithm(Plan(1, 1, 1))
+    run = jax.jit(make_evaluate(env, algorithm, episodes, mode, **kwargs))
+    return lambda key: run(algorithm.init(jax.random.key(0)), key)
+
+
+def test_each_instance_counts_once_until_its_first_end():
+    result = evaluate(RandomLength(), 64)(jax.random.key(0))
+    np.testing.assert_array_equal(result.returns, result.lengths)  # nothing is added behind the end, NaN least of all
+    assert set(np.asarray(result.lengths).tolist()) == {1, 2, 3, 4, 5}
+
+
+def test_truncation_ends_an_episode_too():
+    result = evaluate(Counter(3, "truncated"))(jax.random.key(0))
+    np.testing.assert_array_equal(result.returns, np.full(16, 6.0))
+    np.testing.assert_array_equal(result.lengths, np.full(16, 3.0))
+
+
+def test_same_key_same_episodes():
+    run = evaluate(RandomLength(), mode="sample")
+    np.testing.assert_array_equal(run(jax.random.key(1)).lengths, run(jax.random.key(1)).lengths)
+    assert (np.asarray(run(jax.random.key(1)).lengths) != np.asarray(run(jax.random.key(2)).lengths)).any()
+
+
+def test_an_episode_without_end_needs_a_cut():
+    env = Counter(1000)
+    env.spec = env.spec.__class__(obs=env.spec.obs, action=env.spec.action)
+    with pytest.raises(UserError, match="max_decisions"):
+        evaluate(env)
+    assert float(evaluate(env, max_decisions=4)(jax.random.key(0)).lengths[0]) == 4

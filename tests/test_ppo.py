@@ -1,0 +1,181 @@
+"""PPO's update against numbers worked out by hand, and its switches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlx.algorithm import Plan
+from rlx.algorithms import ppo
+from rlx.types import Box, Discrete, Spec, Transition, UserError
+
+CONTINUOUS = Spec(obs=jax.ShapeDtypeStruct((3,), jnp.float32), action=Box((2,)), episode_length=10)
+DISCRETE = dataclasses.replace(CONTINUOUS, action=Discrete(3))
+ASYMMETRIC = dataclasses.replace(
+    CONTINUOUS,
+    obs={"state": jax.ShapeDtypeStruct((3,), jnp.float32), "privileged_state": jax.ShapeDtypeStruct((5,), jnp.float32)},
+)
+PLAN = Plan(num_envs=4, unroll_length=6, num_iterations=10)
+SMALL = ppo.Config(actor_hidden=(8,), critic_hidden=(8,), memory_size=4, num_epochs=1, num_minibatches=1)
+
+
+def draw_obs(spec, key, shape):
+    leaves, tree = jax.tree.flatten(spec.obs)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([3 + 2 * jax.random.normal(k, shape + x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+def trajectory_of(algorithm, learner, spec, seed=0):
+    """A trajectory acted by the policy over observations drawn at random, with both kinds of ending in it."""
+    keys = jax.random.split(jax.random.key(seed), PLAN.unroll_length)
+    memory = jax.vmap(algorithm.memory)(jax.random.split(jax.random.key(1), PLAN.num_envs))
+    obs = draw_obs(spec, jax.random.key(2), (PLAN.num_envs,))
+    steps = []
+    for t, key in enumerate(keys):
+        memory, action, extras = algorithm.act(algorithm.policy(learner, "explore"), memory, obs, key, "explore")
+        next_obs = draw_obs(spec, key, (PLAN.num_envs,))
+        terminated = jnp.arange(PLAN.num_envs) == t
+        truncated = jnp.arange(PLAN.num_envs) == t - 2
+        steps.append(Transition(obs, action, jnp.full(4, float(t)), terminated, truncated, next_obs, extras))
+        done = terminated | truncated
+        memory = jax.tree.map(lambda m, done=done: jnp.where(done[:, None], 0.0, m), memory)
+        obs = draw_obs(spec, jax.random.fold_in(key, 1), (PLAN.num_envs,)) if done.any() else next_obs
+    return jax.tree.map(lambda *x: jnp.stack(x), *steps)
+
+
+def one_update(config, spec, iteration=0, seed=0):
+    algorithm = ppo.make(config, spec, PLAN)
+    learner = algorithm.init(jax.random.key(0))
+    trajectory = trajectory_of(algorithm, learner, spec, seed)
+    update = jax.jit(algorithm.update)
+    return learner, trajectory, update(learner, trajectory, jnp.asarray(iteration), jax.random.key(3))
+
+
+@pytest.mark.parametrize("spec", [CONTINUOUS, DISCRETE, ASYMMETRIC], ids=["continuous", "discrete", "asymmetric"])
+@pytest.mark.parametrize("recurrent", [False, True], ids=["feedforward", "recurrent"])
+@pytest.mark.parametrize("distribution", ["normal", "tanh_normal"])
+def test_the_first_minibatch_has_a_ratio_of_one(spec, recurrent, distribution):
+    config = dataclasses.replace(
+        SMALL, recurrent=recurrent, distribution=distribution, critic_obs_key="privileged_state", num_minibatches=2
+    )
+    if spec is not ASYMMETRIC:
+        config = dataclasses.replace(config, critic_obs_key="state")
+    *_, (_, metrics) = one_update(config, spec)
+    assert float(metrics["first_ratio_deviation"]) < 2e-6
+    assert abs(float(metrics["kl"])) < 1e-2
+
+
+def test_statistics_are_those_of_acting_and_update_last():
+    learner, trajectory, (state, metrics) = one_update(SMALL, CONTINUOUS)
+    assert float(metrics["first_ratio_deviation"]) < 2e-6
+    np.testing.assert_allclose(state.statistics.mean, trajectory.obs.mean((0, 1)), rtol=1e-5)
+    assert int(state.statistics.count[0]) == PLAN.num_envs * PLAN.unroll_length
+    second = ppo.make(dataclasses.replace(SMALL, normalize_first=True), CONTINUOUS, PLAN)
+    _, metrics = second.update(learner, trajectory, jnp.asarray(0), jax.random.key(3))
+    assert float(metrics["first_ratio_deviation"]) > 1e-3
+
+
+def test_value_targets_stop_at_endings():
+    """With a critic of zero, lambda = 1 and gamma = .5 the targets are discounted sums within episodes."""
+    config = dataclasses.replace(SMALL, gamma=0.5, gae_lambda=1.0, normalize_advantage=False, reward_scale=2.0)
+    algorithm = ppo.make(config, CONTINUOUS, PLAN)
+    learner = algorithm.init(jax.random.key(0))
+    learner = learner._replace(params=learner.params | {"critic": jax.tree.map(jnp.zeros_like, learner.params["critic"])})
+    trajectory = trajectory_of(algorithm, learner, CONTINUOUS)
+    _, metrics = algorithm.update(learner, trajectory, jnp.asarray(0), jax.random.key(0))
+    rewards, targets = 2.0 * np.arange(6.0), np.zeros((6, 4))
+    for env in range(4):
+        for t in reversed(range(6)):
+            ended = t in (env, env + 2) or t == 5
+            targets[t, env] = rewards[t] + (0.0 if ended else 0.5 * targets[t + 1, env])
+    assert float(metrics["value_loss"]) == pytest.approx(0.5 * (targets**2).mean(), rel=1e-5)
+    assert float(metrics["policy_loss"]) == pytest.approx(-targets.mean(), rel=1e-5)
+
+
+def test_an_ended_episode_bootstraps_only_if_truncated():
+    """One step, critic = constant 3: the advantage is r - 3 at a termination and r + gamma 3 - 3 at a time limit."""
+    plan = Plan(num_envs=2, unroll_length=1, num_iterations=1)
+    config = dataclasses.replace(SMALL, gamma=0.9, normalize_advantage=False, clip_eps=100.0)
+    algorithm = ppo.make(config, CONTINUOUS, plan)
+    learner = algorithm.init(jax.random.key(0))
+    critic = jax.tree.map(jnp.zeros_like, learner.params["critic"])
+    critic["params"]["output"]["bias"] = jnp.full(1, 3.0)
+    learner = learner._replace(params=learner.params | {"critic": critic})
+    obs = jnp.ones((2, 3))
+    _, action, extras = algorithm.act(algorithm.policy(learner, "explore"), (), obs, jax.random.key(0), "explore")
+    terminated = jnp.array([[True, False]])
+    one = jax.tree.map(lambda x: x[None], Transition(obs, action, jnp.ones(2), terminated[0], ~terminated[0], obs, extras))
+    _, metrics = algorithm.update(learner, one, jnp.asarray(0), jax.random.key(0))
+    assert float(metrics["policy_loss"]) == pytest.approx(-((1 - 3) + (1 + 0.9 * 3 - 3)) / 2, rel=1e-5)
+
+
+def test_annealing_reaches_zero_and_the_rate_adapts_to_the_kl():
+    *_, (_, metrics) = one_update(dataclasses.replace(SMALL, anneal_lr=True), CONTINUOUS, iteration=5)
+    assert float(metrics["learning_rate"]) == pytest.approx(1.5e-4)
+    # the first minibatch's KL is zero, below target_kl / 2
+    *_, (state, _) = one_update(dataclasses.replace(SMALL, adaptive_lr=True), CONTINUOUS)
+    assert float(state.learning_rate) == pytest.approx(4.5e-4)
+    eager = dataclasses.replace(SMALL, adaptive_lr=True, learning_rate=1e-2, target_kl=1e-6, num_epochs=3)
+    *_, (state, _) = one_update(eager, CONTINUOUS)
+    assert float(state.learning_rate) == pytest.approx(1e-2 / 1.5**2, rel=1e-4)
+
+
+def test_advantages_from_the_current_critic_equal_the_first_ones_in_the_first_minibatch():
+    columns = dataclasses.replace(SMALL, gae_per_minibatch=True)
+    *_, (_, once) = one_update(SMALL, CONTINUOUS)
+    *_, (_, every) = one_update(columns, CONTINUOUS)
+    assert float(once["policy_loss"]) == pytest.approx(float(every["policy_loss"]), abs=1e-5)
+    assert float(once["value_loss"]) == pytest.approx(float(every["value_loss"]), rel=1e-5)
+    many = dataclasses.replace(SMALL, num_epochs=4)
+    *_, (_, once) = one_update(many, CONTINUOUS)
+    *_, (_, every) = one_update(dataclasses.replace(columns, num_epochs=4), CONTINUOUS)
+    assert float(once["value_loss"]) != float(every["value_loss"])
+
+
+def test_value_clipping_holds_the_critic_back():
+    free = dataclasses.replace(SMALL, num_epochs=40, learning_rate=1e-2, clip_eps=0.01, max_grad_norm=float("inf"))
+    *_, (_, loose) = one_update(free, CONTINUOUS)
+    *_, (_, tight) = one_update(dataclasses.replace(free, clip_value=True), CONTINUOUS)
+    assert float(tight["value_loss"]) > float(loose["value_loss"])
+
+
+def test_golden_numbers_of_one_update():
+    config = dataclasses.replace(SMALL, num_epochs=2, num_minibatches=3, entropy_coef=0.01)
+    *_, (state, metrics) = one_update(config, CONTINUOUS)
+    measured = {k: float(metrics[k]) for k in ("policy_loss", "value_loss", "entropy", "grad_norm")}
+    measured["params"] = float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(state.params)))
+    message = (
+        "One PPO update gives other numbers than it did: its mathematics, its initialisation or its use of keys has "
+        "changed. If that was meant, write the new numbers here and say in CHANGELOG.md that curves are not comparable."
+    )
+    assert measured == pytest.approx(GOLDEN, rel=1e-4), message
+
+
+GOLDEN: dict[str, float] = {}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"gamma": 1.5}, "gamma"),
+        ({"clip_eps": 0.0}, "clip_eps"),
+        ({"num_minibatches": 7}, "num_minibatches"),
+        ({"num_minibatches": 8, "recurrent": True}, "num_envs = 4"),
+        ({"distribution": "nromal"}, "distribution"),
+        ({"activation": "tahn"}, "tanh"),
+        ({"num_epochs": 0}, "num_epochs"),
+        ({"entropy_coef": -1.0}, "entropy_coef"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(change, field):
+    with pytest.raises(UserError, match=field):
+        ppo.check(dataclasses.replace(SMALL, **change), CONTINUOUS, PLAN)
+
+
+def test_an_observation_key_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(UserError, match="privileged_state"):
+        ppo.check(dataclasses.replace(SMALL, critic_obs_key="privileged"), ASYMMETRIC, PLAN)
