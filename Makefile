@@ -38,7 +38,7 @@ format: install  ## rewrites what ruff can
 	$(BIN)/ruff format .
 
 bench: install  ## throughput, compile time and memory
-	$(BIN)/python -m experiments.benchmarks.throughput
+	$(BIN)/python experiments/benchmarks/throughput.py
 
 clean:  ## removes caches and the installation, never runs/
 	rm -rf $(VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 
+from rlx.errors import UserError
 from rlx.types import Discrete, PyTree, Spec, TimeStep
 
 EnvState = Any
@@ -17,7 +18,8 @@ class Environment(Protocol):
 
     An environment never resets itself: in what `step` returns, `obs` equals `final_obs`, and the source
     (`rlx.rollout`) replaces `obs` at an ending. States, observations and time steps are fixed points in
-    shape, dtype and weak type: `step` returns what `reset` returned.
+    shape, dtype and weak type: `step` returns what `reset` returned. An environment that can be drawn also has
+    `render(states)`: frames [F, H, W, 3] uint8 of a list of states, made on the host.
     """
 
     @property
@@ -31,9 +33,16 @@ class Environment(Protocol):
         """One decision. `action`: [-1, 1]^d float32, or () int32."""
         ...
 
-    def render(self, states: Sequence[EnvState]) -> Any:
-        """Frames [F, H, W, 3] uint8, made on the host. Optional."""
-        ...
+
+def render(env: Environment, states: Sequence[EnvState]) -> Any:
+    """Frames [F, H, W, 3] uint8 of a list of states, made on the host by the environment's optional `render`.
+
+    Raises UserError where it has none.
+    """
+    draw = getattr(env, "render", None)
+    if draw is None:
+        raise UserError(f"{type(env).__name__} cannot be drawn: it has no `render`.")
+    return draw(states)
 
 
 def random_action(spec: Spec, key: jax.Array) -> jax.Array:

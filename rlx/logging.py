@@ -61,12 +61,8 @@ class RunDirectory:
         self.tensorboard_path = path / "tensorboard"
 
     @staticmethod
-    def create(path: str | os.PathLike[str], config: Mapping[str, Any], overwrite: bool = False) -> RunDirectory:
-        """Makes the folder and its `config.json`: `config`, plus "format" and "versions".
-
-        Raises UserError if the folder holds a run and `overwrite` is not set, or holds anything else.
-        `overwrite` removes what a run writes and nothing more.
-        """
+    def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> list[str]:
+        """What the folder holds now. Raises UserError for a run (unless `overwrite`) and for anything else."""
         folder = Path(path).absolute()
         if folder.exists() and not folder.is_dir():
             raise UserError(f"run directory {str(folder)!r} is a file; name another.")
@@ -76,6 +72,16 @@ class RunDirectory:
         if present and "config.json" not in present:
             names = ", ".join(present[:4])
             raise UserError(f"{str(folder)!r} is not empty and holds no run ({names}); name another run directory.")
+        return present
+
+    @staticmethod
+    def create(path: str | os.PathLike[str], config: Mapping[str, Any], overwrite: bool = False) -> RunDirectory:
+        """Makes the folder and its `config.json`: `config`, plus "format" and "versions".
+
+        Raises UserError as `check_free` does. `overwrite` removes what a run writes and nothing more.
+        """
+        folder = Path(path).absolute()
+        present = RunDirectory.check_free(folder, overwrite)
         for name in present:
             if name in OWN_FILES:
                 target = folder / name
@@ -241,9 +247,9 @@ class Progress:
     `phases` sums the seconds of each name.
     """
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None, quiet: bool = False):
+    def __init__(self, total_steps: int = 0, stream: TextIO | None = None, quiet: bool = False):
         self.phases: dict[str, float] = {}
-        self._total = total_steps
+        self.total_steps = total_steps  # known once the run is planned
         self._stream = sys.stderr if stream is None else stream
         self._quiet = quiet
         self._shown: dict[str, float] = {}
@@ -287,8 +293,8 @@ class Progress:
         for name in ("train/return", "eval/return"):
             if math.isfinite(metrics.get(name, math.nan)):
                 self._shown[name] = metrics[name]
-        left = (self._total - step) / steps_per_second if steps_per_second > 0 else math.inf
-        parts = [f"{step:,}/{self._total:,} steps", f"{steps_per_second:,.0f} steps/s"]
+        left = (self.total_steps - step) / steps_per_second if steps_per_second > 0 else math.inf
+        parts = [f"{step:,}/{self.total_steps:,} steps", f"{steps_per_second:,.0f} steps/s"]
         parts += [f"{name} {value:.4g}" for name, value in self._shown.items()]
         text = "  ".join([*parts, f"{_duration(max(left, 0.0))} left"])
         if self._bar is None:
@@ -296,7 +302,7 @@ class Progress:
             return
         self._last = text
         if self._task is None:
-            self._task = self._bar.add_task(text, total=self._total)
+            self._task = self._bar.add_task(text, total=self.total_steps)
         self._bar.update(self._task, completed=step, description=text)
 
     def message(self, text: str) -> None:

@@ -78,7 +78,8 @@ def make_source(
         env_state, obs = reset_envs(jax.random.split(env_key, num_envs), params)
         memory = jax.vmap(algorithm.memory)(jax.random.split(memory_key, num_envs))
         zeros = jnp.zeros(num_envs, jnp.float32)
-        return EnvSourceState(env_state, obs, memory, *draw_pool(pool_key), returns=zeros, lengths=zeros)
+        pool_env, pool_obs = draw_pool(pool_key)
+        return EnvSourceState(env_state, obs, memory, pool_env, pool_obs, zeros, zeros)
 
     def refresh(state: EnvSourceState, key: Key) -> EnvSourceState:
         pool_env, pool_obs = draw_pool(key)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
-import threading
-import time
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rlx.algorithm import Algorithm, LearnerState, Plan, Policy, Source, SourceState
-from rlx.checkpoint import Checkpointer, first_nonfinite
+from rlx.algorithm import Algorithm, LearnerState, Mode, Plan, Policy, Source, SourceState
+from rlx.checkpoint import Checkpointer
 from rlx.environment import Environment
-from rlx.errors import NonFiniteError, UserError, require
+from rlx.errors import UserError, require
 from rlx.evaluation import EvalResult, make_evaluate
-from rlx.logging import JsonlWriter, Progress, RunDirectory, TensorboardWriter, Writer, read_metrics, write_atomically
+from rlx.logging import JsonlWriter, Progress, RunDirectory, TensorboardWriter, Writer, read_metrics
 from rlx.plotting import plot
+from rlx.recording import Recorder, StopSignal
 from rlx.rollout import make_source
 from rlx.types import EpisodeStats, Metrics, PyTree
 
@@ -190,117 +188,6 @@ def check_fixed_point(before: PyTree, after: PyTree) -> None:
         raise UserError("The state of a run must keep its shapes, dtypes and weak types; " + "; ".join(changed[:5]))
 
 
-class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop sees at the epoch's end. A second Ctrl-C interrupts."""
-
-    def __init__(self, progress: Progress):
-        self.requested = False
-        self._progress = progress
-
-    def __enter__(self) -> StopSignal:
-        self._previous = {}
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _request(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        self._progress.message(f"{signal.Signals(number).name}: saving at the end of this epoch, then stopping")
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-class Recorder:
-    """The host's side of a run: rows of metrics, evaluations, checkpoints. Gives nothing back to the program."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        directory: RunDirectory | None,
-        checkpointer: Checkpointer | None,
-        writers: Sequence[Writer],
-        progress: Progress,
-        history: list[dict[str, float]],
-    ):
-        self.history = history
-        self._schedule, self._directory, self._checkpointer = schedule, directory, checkpointer
-        self._writers, self._progress = writers, progress
-        self._started = self._last_ready = time.perf_counter()
-        self._last_iteration = 0
-
-    def begin(self, iteration: int) -> None:
-        """Training starts here, at `iteration`."""
-        self._last_iteration = iteration
-        self._started = self._last_ready = time.perf_counter()
-
-    def epoch(self, iteration: int, metrics: EpochMetrics, learner: LearnerState) -> dict[str, float]:
-        """Waits for an epoch, checks that it is finite, and returns its row."""
-        metrics = jax.device_get(metrics)
-        now = time.perf_counter()
-        self._check_finite(iteration, metrics, learner)
-        per_iteration = self._schedule.plan.steps_per_iteration
-        rate = (iteration - self._last_iteration) * per_iteration / (now - self._last_ready)
-        self._last_iteration, self._last_ready = iteration, now
-        stats, count = metrics.stats, metrics.iterations
-        row = {f"train/{k}": float(v / count) for k, v in metrics.train.items()}
-        row |= {f"train/{k}": float(v / count) for k, v in stats.info.items()}
-        row["train/episodes"] = float(stats.episodes)
-        if stats.episodes:
-            row["train/return"] = float(stats.returns / stats.episodes)
-            row["train/length"] = float(stats.lengths / stats.episodes)
-        return row | {"time/steps_per_second": rate, "time/elapsed": now - self._started}
-
-    def _check_finite(self, iteration: int, metrics: EpochMetrics, learner: LearnerState) -> None:
-        ends = f"in the epoch that ended at iteration {iteration}"
-        for leaf, index in metrics.stats.nonfinite.items():
-            if index >= 0:
-                raise NonFiniteError(f"Environment {index} gave a value that is not finite in {leaf} {ends}.")
-        for name, value in metrics.train.items():
-            if not np.isfinite(value):
-                leaf = first_nonfinite(learner) or "none"
-                raise NonFiniteError(f"{name} is {value} {ends}; first leaf of the learner not finite: {leaf}.")
-
-    def evaluation(self, iteration: int, result: EvalResult, policy: Policy) -> dict[str, float]:
-        """Writes eval.json, keeps the policy if it is the best so far, and returns the row's entries."""
-        returns, lengths = np.asarray(result.returns), np.asarray(result.lengths)
-        step = self.step(iteration)
-        if self._directory:
-            entry = {"step": step, "mode": "greedy", "returns": returns.tolist(), "lengths": lengths.tolist()}
-            write_atomically(self._directory.path / "eval.json", json.dumps(entry))
-        if self._checkpointer:
-            self._checkpointer.save_best(step, policy, float(returns.mean()))
-        mean, std = float(returns.mean()), float(returns.std())
-        return {"eval/return": mean, "eval/return_std": std, "eval/length": float(lengths.mean())}
-
-    def write(self, iteration: int, row: Mapping[str, float]) -> dict[str, float]:
-        """Sends a row to every writer and to the progress display."""
-        step = self.step(iteration)
-        for writer in self._writers:
-            writer.write(step, row)
-        self.history.append({"step": step, **row})
-        self._progress.update(step, row.get("time/steps_per_second", 0.0), row)
-        return self.history[-1]
-
-    def save(self, iteration: int, state: TrainState) -> None:
-        """Copies the state and writes it in the background."""
-        if self._checkpointer:
-            leaf = first_nonfinite(state.learner)
-            if leaf:
-                raise NonFiniteError(f"The learner is not finite at iteration {iteration}: {leaf}. Nothing was saved.")
-            self._checkpointer.save(self.step(iteration), state)
-
-    def resume_clock(self) -> None:
-        """What the host did since the last epoch (evaluation, saving) does not count as training time."""
-        self._last_ready = time.perf_counter()
-
-    def step(self, iteration: int) -> int:
-        return iteration * self._schedule.plan.steps_per_iteration
-
-
 def run_epochs(
     programs: Programs,
     schedule: Schedule,
@@ -354,6 +241,12 @@ def describe(
         "train": dataclasses.asdict(train_config),
         "algo": dataclasses.asdict(config),
         "plan": {**schedule.plan._asdict(), "iterations_per_epoch": schedule.iterations_per_epoch},
+        "machine": {
+            "platform": jax.default_backend(),
+            "devices": [device.device_kind for device in jax.devices()],
+            "threads": len(os.sched_getaffinity(0)),
+            "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
+        },
     }
 
 
@@ -407,19 +300,23 @@ def train(
     if check:
         check(config, env.spec, schedule.plan)
     learner = algorithm.make(config, env.spec, schedule.plan)
-    progress = progress or Progress(schedule.plan.num_iterations * schedule.plan.steps_per_iteration)
+    check_policy(learner, init_policy)
+    progress = progress or Progress()
+    progress.total_steps = schedule.plan.num_iterations * schedule.plan.steps_per_iteration
     description = describe(algorithm, env, config, train_config, schedule) | dict(record or {})
     directory = None
     if run_dir is not None and resume:
         directory = RunDirectory.open(run_dir)
         check_same_settings(directory.config, description)
     elif run_dir is not None:
-        directory = RunDirectory.create(run_dir, description, overwrite)
+        RunDirectory.check_free(run_dir, overwrite)
     programs = compile_programs(env, learner, schedule, train_config, init_policy, progress)
-    state, checkpointer, history = None, None, []
+    if run_dir is not None and not resume:
+        directory = RunDirectory.create(run_dir, description, overwrite)
+    state, checkpointer = None, None
+    history: list[dict[str, float]] = []
     if directory:
-        metadata = {name: directory.config[name] for name in ("algorithm", "env")}
-        checkpointer = Checkpointer(directory.checkpoints_path, train_config.keep_checkpoints, metadata)
+        checkpointer = open_checkpoints(directory, train_config)
         step = None
         if resume:
             state, step, history = restore(directory, checkpointer, programs.abstract_state, progress)
@@ -427,7 +324,7 @@ def train(
         writers = [jsonl, TensorboardWriter(directory.path / "tensorboard", step), *writers]
     if state is None:
         state = programs.init(jax.random.key(train_config.seed), init_policy)
-    recorder = Recorder(schedule, directory, checkpointer, writers, progress, history)
+    recorder = Recorder(schedule.plan.steps_per_iteration, directory, checkpointer, writers, progress, history)
     try:
         with StopSignal(progress) as stop, progress.phase("training"):
             state = run_epochs(programs, schedule, train_config, learner, state, recorder, stop, on_epoch)
@@ -440,6 +337,52 @@ def train(
         plot([directory.path], directory.path / "curve.png")
     interrupted = iteration < schedule.plan.num_iterations
     return Run(state, recorder.history, learner.policy(state.learner, "greedy"), interrupted)
+
+
+def check_policy(algorithm: Algorithm, policy: Policy | None) -> None:
+    """Raises UserError, with the first leaf that differs, where a policy to start from is of another kind."""
+    if policy is None:
+        return
+    wanted = jax.eval_shape(lambda key: algorithm.policy(algorithm.init(key), "greedy"), jax.random.key(0))
+    has, takes = (
+        {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (policy, wanted))
+    )
+    for name in takes | has:
+        found, allowed = has.get(name, "nothing"), takes.get(name, "nothing")
+        if found != allowed:
+            raise UserError(f"the policy to start from has {found} at {name}; this run's learner takes {allowed}.")
+
+
+def load_policy(
+    run_dir: str | Path,
+    env: Environment,
+    algorithm: Any,
+    train_config: TrainConfig,
+    config: Any,
+    best: bool = False,
+    mode: Mode = "greedy",
+) -> tuple[Algorithm, Policy, int]:
+    """The algorithm of a run and the policy of its newest whole checkpoint, or of its best evaluation; the step.
+
+    Raises UserError where there is none, or where it is of another algorithm or environment.
+    """
+    plan = make_plan(env, train_config).plan
+    learner = algorithm.make(config, env.spec, plan)
+    checkpointer = open_checkpoints(RunDirectory.open(run_dir), train_config)
+    abstract = jax.eval_shape(learner.init, jax.random.key(0))
+    if best:
+        policy, step = checkpointer.restore_best(jax.eval_shape(lambda s: learner.policy(s, "greedy"), abstract))
+        return learner, policy, step
+    source = make_source(env, plan, train_config.reset, train_config.reset_pool_size)
+    state, step = checkpointer.restore(jax.eval_shape(lambda key: init_state(learner, source, key), jax.random.key(0)))
+    return learner, learner.policy(state.learner, mode), step
+
+
+def open_checkpoints(directory: RunDirectory, config: TrainConfig) -> Checkpointer:
+    """A run's checkpoints; each records whose it is."""
+    metadata = {name: directory.config[name] for name in ("algorithm", "env")}
+    return Checkpointer(directory.checkpoints_path, config.keep_checkpoints, metadata)
 
 
 def restore(

@@ -84,7 +84,9 @@ def test_value_targets_stop_at_endings():
     config = dataclasses.replace(SMALL, gamma=0.5, gae_lambda=1.0, normalize_advantage=False, reward_scale=2.0)
     algorithm = ppo.make(config, CONTINUOUS, PLAN)
     learner = algorithm.init(jax.random.key(0))
-    learner = learner._replace(params=learner.params | {"critic": jax.tree.map(jnp.zeros_like, learner.params["critic"])})
+    learner = learner._replace(
+        params=learner.params | {"critic": jax.tree.map(jnp.zeros_like, learner.params["critic"])}
+    )
     trajectory = trajectory_of(algorithm, learner, CONTINUOUS)
     _, metrics = algorithm.update(learner, trajectory, jnp.asarray(0), jax.random.key(0))
     rewards, targets = 2.0 * np.arange(6.0), np.zeros((6, 4))
@@ -108,7 +110,9 @@ def test_an_ended_episode_bootstraps_only_if_truncated():
     obs = jnp.ones((2, 3))
     _, action, extras = algorithm.act(algorithm.policy(learner, "explore"), (), obs, jax.random.key(0), "explore")
     terminated = jnp.array([[True, False]])
-    one = jax.tree.map(lambda x: x[None], Transition(obs, action, jnp.ones(2), terminated[0], ~terminated[0], obs, extras))
+    one = jax.tree.map(
+        lambda x: x[None], Transition(obs, action, jnp.ones(2), terminated[0], ~terminated[0], obs, extras)
+    )
     _, metrics = algorithm.update(learner, one, jnp.asarray(0), jax.random.key(0))
     assert float(metrics["policy_loss"]) == pytest.approx(-((1 - 3) + (1 + 0.9 * 3 - 3)) / 2, rel=1e-5)
 

@@ -23,7 +23,9 @@ from rlx.rollout import make_source
 from rlx.training import Schedule, TrainConfig, TrainState, init_state, make_epoch, make_plan, train
 from tests.worlds import Counter, constant_algorithm
 
-SMALL = TrainConfig(total_steps=4 * 8 * 6, num_envs=4, unroll_length=8, iterations_per_epoch=1, num_evals=2, eval_episodes=4)
+SMALL = TrainConfig(
+    total_steps=4 * 8 * 6, num_envs=4, unroll_length=8, iterations_per_epoch=1, num_evals=2, eval_episodes=4
+)
 CONFIG = ppo.Config(actor_hidden=(8,), critic_hidden=(8,), num_epochs=2, num_minibatches=2)
 
 
@@ -54,7 +56,9 @@ def test_steps_are_counted_in_inner_steps_and_rounded_up_to_an_iteration():
     assert make_plan(env, TrainConfig(total_steps=1000, num_envs=4, unroll_length=8)).plan.num_iterations == 8
 
 
-@pytest.mark.parametrize(("iterations", "per_epoch", "times"), [(10, 3, 2), (7, 1, 10), (50, 1, 7), (6, 6, 1), (5, 2, 0)])
+@pytest.mark.parametrize(
+    ("iterations", "per_epoch", "times"), [(10, 3, 2), (7, 1, 10), (50, 1, 7), (6, 6, 1), (5, 2, 0)]
+)
 def test_events_are_evenly_spaced_and_the_last_one_is_at_the_end(iterations, per_epoch, times):
     schedule = Schedule(Plan(1, 1, iterations), per_epoch)
     ends, iteration = [], 0
@@ -139,7 +143,9 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(tmp_path, stop_after)
     assert without_time(rest.history) == without_time(whole.history)
     rows = [read_metrics(tmp_path / d / "metrics.jsonl") for d in ("whole", "part")]
     assert without_time(rows[0]) == without_time(rows[1])
-    assert json.loads((tmp_path / "whole/eval.json").read_text()) == json.loads((tmp_path / "part/eval.json").read_text())
+    assert json.loads((tmp_path / "whole/eval.json").read_text()) == json.loads(
+        (tmp_path / "part/eval.json").read_text()
+    )
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
@@ -244,7 +250,14 @@ def test_a_nan_in_the_losses_names_the_leaf_and_keeps_the_last_good_checkpoint(t
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("total_steps", 0), ("num_envs", 0), ("unroll_length", -1), ("num_evals", -1), ("reset", "sometimes"), ("seed", -1)],
+    [
+        ("total_steps", 0),
+        ("num_envs", 0),
+        ("unroll_length", -1),
+        ("num_evals", -1),
+        ("reset", "sometimes"),
+        ("seed", -1),
+    ],
 )
 def test_impossible_sizes_are_refused_by_name(field, value):
     with pytest.raises(UserError, match=field):

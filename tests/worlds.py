@@ -46,7 +46,9 @@ class Counter:
         never = jnp.zeros((), bool)
         obs = jax.tree.map(lambda x: jnp.where(state.start > self.nan_at, jnp.nan, x), self.obs(state))
         terminated, truncated = (ended, never) if self.ending == "terminated" else (never, ended)
-        return state, TimeStep(obs, state.t.astype(jnp.float32), terminated, truncated, obs, {"t": state.t.astype(jnp.float32)})
+        return state, TimeStep(
+            obs, state.t.astype(jnp.float32), terminated, truncated, obs, {"t": state.t.astype(jnp.float32)}
+        )
 
 
 class ConstantPolicy(NamedTuple):

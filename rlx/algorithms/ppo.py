@@ -272,7 +272,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
             return (params, opt_state, learning_rate), metrics | {"grad_norm": optax.tree.norm(grads)}
 
         batch = estimate(state.params, seen)
-        carry, metrics = scan_minibatches(
+        (params, opt_state, learning_rate), metrics = scan_minibatches(
             step,
             (state.params, state.optimizer, state.learning_rate),
             batch,
@@ -284,9 +284,9 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         first_ratio = metrics.pop("ratio_deviation")[0, 0]
         metrics = jax.tree.map(jnp.mean, metrics) | {
             "first_ratio_deviation": first_ratio,
-            "learning_rate": anneal * carry[2],
+            "learning_rate": anneal * learning_rate,
             "explained_variance": 1 - (batch.targets - batch.values).var() / (batch.targets.var() + 1e-8),
         }
-        return PPOState(*carry[:2], updated, carry[2]), metrics
+        return PPOState(params, opt_state, updated, learning_rate), metrics
 
     return Algorithm(init, policy, memory, act, update)

@@ -1,0 +1,103 @@
+"""What stands on the command line of `rlx train`, merged with file, preset and defaults."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from rlx import settings
+from rlx.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    physics: str = "auto"  # engine, for suites that have a choice: auto, mjx, warp, mujoco
+    config: str = ""  # JSON or TOML file of settings, keys as here; the command line stands above it
+    run_dir: str = ""  # where the run goes; empty: a new folder of runs/
+    from_run: Annotated[str, tyro.conf.arg(name="from")] = ""  # run directory whose policy to start from
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False  # replace the run that --run-dir holds
+    quiet: tyro.conf.FlagCreatePairsOff[bool] = False  # print nothing but errors and the result
+
+
+class TrainArguments(NamedTuple):
+    options: Options
+    merged: dict[str, settings.Setting]
+
+
+def take_env_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Splits `--env.KEY VALUE` and `--env.KEY=VALUE` off, as {"env.KEY": value}.
+
+    A value is a Python literal, true, false or none; anything else is a string. Raises UserError for a missing value.
+    """
+    rest: list[str] = []
+    overrides: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--env."):
+            rest.append(word)
+            continue
+        flag, equals, text = word.partition("=")
+        if not equals:
+            text = next(words, "--")
+            if text.startswith("--"):
+                raise UserError(f"{flag} needs a value.")
+        overrides[flag.removeprefix("--").replace("-", "_")] = literal(text)
+    return rest, overrides
+
+
+def literal(text: str) -> Any:
+    """`text` as a Python literal, or as itself."""
+    names = {"true": True, "false": False, "none": None}
+    if text.lower() in names:
+        return names[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def option_value(arguments: Sequence[str], flag: str) -> str:
+    """The value of `flag`, before tyro sees the arguments; empty if it is not there."""
+    for index, word in enumerate(arguments):
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+        if word == flag:
+            return next(iter(arguments[index + 1 :]), "")
+    return ""
+
+
+def parse_train(
+    env: str, algorithm: str, arguments: Sequence[str], train_config: type, algo_config: type
+) -> TrainArguments:
+    """Merges the defaults of two dataclasses, the preset, `--config` and the command line, the strongest last.
+
+    tyro reports flags that do not exist and values of a wrong type, and exits with status 2. Raises UserError for
+    what is wrong in the file.
+    """
+    arguments, overrides = take_env_overrides(arguments)
+    layers: list[tuple[str, settings.Flat]] = [("preset", settings.preset(env, algorithm))]
+    file = option_value(arguments, "--config")
+    if file:
+        layers.append(("config", settings.read_file(file)))
+    below = settings.merge(train_config, algo_config, layers)
+    train, algo = train_config(**settings.values(below)), algo_config(**settings.values(below, "algo."))
+    omit_prefix, take_values = tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff
+    fields: list[Any] = [
+        ("options", Annotated[Options, omit_prefix], dataclasses.field(default=Options())),
+        ("train", Annotated[train_config, omit_prefix, take_values], dataclasses.field(default=train)),
+        ("algo", Annotated[algo_config, take_values], dataclasses.field(default=algo)),
+    ]
+    parsed: Any = tyro.cli(
+        dataclasses.make_dataclass("Arguments", fields, frozen=True),
+        args=arguments,
+        prog=f"rlx train {algorithm} {env}",
+        description="--env.KEY VALUE overrides a setting of the environment. --debug shows tracebacks.",
+    )
+    flat = dataclasses.asdict(parsed.train) | {f"algo.{k}": v for k, v in vars(parsed.algo).items()}
+    given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in arguments if word[:2] == "--"}
+    layers.append(("command line", {key: value for key, value in flat.items() if key in given} | overrides))
+    return TrainArguments(parsed.options, settings.merge(train_config, algo_config, layers))

@@ -1,0 +1,148 @@
+"""What this machine has, and what each missing piece costs. Every line is the result of a check."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rlx.logging import versions
+
+
+def examine() -> Iterator[str]:
+    """The report, line by line, as the checks end."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", check_versions),
+        ("devices", check_devices),
+        ("processors", check_processors),
+        ("memory", check_memory),
+        ("disk", check_disk),
+        ("rendering", check_rendering),
+        ("warp", check_warp),
+        ("robot models", check_robot_models),
+        ("wandb", check_wandb),
+        ("compile cache", check_compile_cache),
+    ]
+    for name, check in checks:
+        try:
+            text = check()
+        except Exception as error:  # a broken installation is what this command is for
+            text = f"FAILS: {type(error).__name__}: {error}"
+        yield f"{name:<14}{text}"
+
+
+def check_versions() -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions().items())
+
+
+def check_devices() -> str:
+    """Runs a sum on every device: one that is listed may still not work."""
+    import jax
+
+    devices = jax.devices()
+    for device in devices:
+        total = float(jax.device_put(jax.numpy.arange(4.0), device).sum())
+        if total != 6.0:
+            return f"FAILS: {device} adds 0 + 1 + 2 + 3 to {total}"
+    kinds = {device.device_kind for device in devices}
+    text = f"{len(devices)} x {', '.join(sorted(kinds))} ({jax.default_backend()})"
+    if jax.default_backend() != "cpu":
+        return text
+    nvidia = shutil.which("nvidia-smi") is not None
+    cure = (
+        "jax has no CUDA here: pip install 'rlx[cuda]'" if nvidia else "no accelerator: physics runs on the processor"
+    )
+    return f"{text}; {cure}"
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; a container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def check_processors() -> str:
+    usable, present = usable_cores(), os.cpu_count() or 1
+    names = ("OMP_NUM_THREADS", "XLA_FLAGS", "JAX_PLATFORMS")
+    limits = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    text = f"{usable} of {present} cores usable"
+    if usable < 4:
+        text += "; rollouts on the processor scale with cores: expect minutes for small tasks, hours for humanoids"
+    return "; ".join([text, *limits])
+
+
+def check_memory() -> str:
+    if not Path("/proc/meminfo").exists():
+        return "unknown: no /proc/meminfo"
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(lines[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = f"{free:.1f} of {total:.1f} GiB available"
+    if limit.exists() and limit.read_text().strip() != "max":
+        text += f", this container may use {int(limit.read_text()) / 2**30:.1f}"
+    return text + ("" if free > 4 else "; compiling a humanoid needs about 4")
+
+
+def check_disk() -> str:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    return f"{free:.1f} GiB free in {Path.cwd()}" + ("" if free > 2 else "; checkpoints stop when it is full")
+
+
+def check_rendering() -> str:
+    """Loads the library that MuJoCo would render with."""
+    chosen = os.environ.get("MUJOCO_GL", "")
+    backends = [chosen] if chosen else ["egl", "osmesa", "glfw"]
+    libraries = {"egl": "EGL", "osmesa": "OSMesa", "glfw": "GL"}
+    found = [name for name in backends if name in libraries and _loads(libraries[name])]
+    setting = f"MUJOCO_GL={chosen}" if chosen else "MUJOCO_GL is not set"
+    if chosen in ("off", "disable", "disabled", "0", "false"):
+        return f"{setting}: no videos"
+    if not found:
+        return f"{setting}; no library for {', '.join(backends)}: training works, videos do not (install libegl1)"
+    return f"{setting}; loads: {', '.join(found)}" + ("" if chosen else f" (headless: set MUJOCO_GL={found[0]})")
+
+
+def _loads(library: str) -> bool:
+    path = ctypes.util.find_library(library)
+    if path is None:
+        return False
+    try:
+        ctypes.CDLL(path)
+    except OSError:
+        return False
+    return True
+
+
+def check_warp() -> str:
+    if importlib.util.find_spec("warp") is None:
+        return "missing: on CUDA physics runs in XLA, some times slower in scenes with contacts"
+    return f"{importlib.metadata.version('warp-lang')} (serves CUDA only)"
+
+
+def check_robot_models() -> str:
+    """Playground's locomotion and manipulation tasks keep their models apart from the package."""
+    spec = importlib.util.find_spec("mujoco_playground")
+    if spec is None or spec.origin is None:
+        return "mujoco_playground is missing: no playground/* environments"
+    folder = Path(spec.origin).parent / "external_deps" / "mujoco_menagerie"
+    if folder.is_dir():
+        return f"in {folder}"
+    return "not downloaded: playground's locomotion and manipulation tasks need git and a network once"
+
+
+def check_wandb() -> str:
+    if importlib.util.find_spec("wandb") is None:
+        return "missing: metrics go to metrics.jsonl and TensorBoard alone (pip install 'rlx[wandb]')"
+    return importlib.metadata.version("wandb")
+
+
+def check_compile_cache() -> str:
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not folder:
+        return "off: every run compiles anew (set JAX_COMPILATION_CACHE_DIR to a folder)"
+    writable = os.access(folder if Path(folder).is_dir() else Path(folder).absolute().parent, os.W_OK)
+    return folder + ("" if writable else ": not writable, so every run compiles anew")

@@ -1,0 +1,132 @@
+"""The host's side of a run: signals, rows of metrics, evaluations, checkpoints. Gives nothing back to the program."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlx.algorithm import LearnerState, Policy
+from rlx.checkpoint import Checkpointer, first_nonfinite
+from rlx.errors import NonFiniteError
+from rlx.evaluation import EvalResult
+from rlx.logging import Progress, RunDirectory, Writer, write_atomically
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a request that the loop sees at the epoch's end. A second Ctrl-C interrupts."""
+
+    def __init__(self, progress: Progress):
+        self.requested = False
+        self._progress = progress
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._progress.message(f"{signal.Signals(number).name}: saving at the end of this epoch, then stopping")
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Recorder:
+    """Takes what an epoch measured and the state after it to every place that keeps some of it."""
+
+    def __init__(
+        self,
+        steps_per_iteration: int,
+        directory: RunDirectory | None,
+        checkpointer: Checkpointer | None,
+        writers: Sequence[Writer],
+        progress: Progress,
+        history: list[dict[str, float]],
+    ):
+        self.history = history
+        self._steps_per_iteration, self._directory, self._checkpointer = steps_per_iteration, directory, checkpointer
+        self._writers, self._progress = writers, progress
+        self._start_phases = dict(progress.phases)
+        self._started = self._last_ready = time.perf_counter()
+        self._last_iteration = 0
+
+    def begin(self, iteration: int) -> None:
+        """Training starts here, at `iteration`."""
+        self._last_iteration = iteration
+        self._started = self._last_ready = time.perf_counter()
+
+    def epoch(self, iteration: int, metrics: Any, learner: LearnerState) -> dict[str, float]:
+        """Waits for an epoch's metrics (`rlx.training.EpochMetrics`), checks that they are finite, returns its row."""
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        self._check_finite(iteration, metrics, learner)
+        rate = (self.step(iteration) - self.step(self._last_iteration)) / (now - self._last_ready)
+        self._last_iteration, self._last_ready = iteration, now
+        stats, count = metrics.stats, metrics.iterations
+        row = {f"train/{k}": float(v / count) for k, v in metrics.train.items()}
+        row |= {f"train/{k}": float(v / count) for k, v in stats.info.items()}
+        row["train/episodes"] = float(stats.episodes)
+        if stats.episodes:
+            row["train/return"] = float(stats.returns / stats.episodes)
+            row["train/length"] = float(stats.lengths / stats.episodes)
+        return row | {"time/steps_per_second": rate, "time/elapsed": now - self._started}
+
+    def _check_finite(self, iteration: int, metrics: Any, learner: LearnerState) -> None:
+        ends = f"in the epoch that ended at iteration {iteration}"
+        for leaf, index in metrics.stats.nonfinite.items():
+            if index >= 0:
+                raise NonFiniteError(f"Environment {index} gave a value that is not finite in {leaf} {ends}.")
+        for name, value in metrics.train.items():
+            if not np.isfinite(value):
+                leaf = first_nonfinite(learner) or "none"
+                raise NonFiniteError(f"{name} is {value} {ends}; first leaf of the learner not finite: {leaf}.")
+
+    def evaluation(self, iteration: int, result: EvalResult, policy: Policy) -> dict[str, float]:
+        """Writes eval.json, keeps the policy if it is the best so far, and returns the row's entries."""
+        returns, lengths = np.asarray(result.returns), np.asarray(result.lengths)
+        step = self.step(iteration)
+        if self._directory:
+            entry = {"step": step, "mode": "greedy", "returns": returns.tolist(), "lengths": lengths.tolist()}
+            write_atomically(self._directory.path / "eval.json", json.dumps(entry))
+        if self._checkpointer:
+            self._checkpointer.save_best(step, policy, float(returns.mean()))
+        mean, std = float(returns.mean()), float(returns.std())
+        return {"eval/return": mean, "eval/return_std": std, "eval/length": float(lengths.mean())}
+
+    def write(self, iteration: int, row: Mapping[str, float]) -> dict[str, float]:
+        """Sends a row to every writer and to the progress display. The first one holds the seconds of the start."""
+        step = self.step(iteration)
+        row = {**row, **{f"time/{name}": seconds for name, seconds in self._start_phases.items()}}
+        self._start_phases = {}
+        for writer in self._writers:
+            writer.write(step, row)
+        self.history.append({"step": step, **row})
+        self._progress.update(step, row.get("time/steps_per_second", 0.0), row)
+        return self.history[-1]
+
+    def save(self, iteration: int, state: Any) -> None:
+        """Copies a `rlx.training.TrainState` and writes it in the background."""
+        if self._checkpointer:
+            leaf = first_nonfinite(state.learner)
+            if leaf:
+                raise NonFiniteError(f"The learner is not finite at iteration {iteration}: {leaf}. Nothing was saved.")
+            self._checkpointer.save(self.step(iteration), state)
+
+    def resume_clock(self) -> None:
+        """What the host did since the last epoch (evaluation, saving) does not count as training time."""
+        self._last_ready = time.perf_counter()
+
+    def step(self, iteration: int) -> int:
+        return iteration * self._steps_per_iteration

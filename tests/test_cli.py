@@ -1,0 +1,291 @@
+"""The command line: names, errors and exit codes, settings and where they came from, own files, whole runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlx import cli
+from rlx.arguments import literal, option_value, take_env_overrides
+from rlx.doctor import examine
+from rlx.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+ALGORITHM = """
+import dataclasses
+from typing import NamedTuple
+import jax, jax.numpy as jnp
+from rlx.algorithm import Algorithm
+from rlx.errors import UserError
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    rate: float = 0.1  # added to the weight in every update
+    layers: tuple[int, ...] = (8,)  # not read
+    loud: bool = False  # not read
+
+class Policy(NamedTuple):
+    weight: jax.Array
+
+def check(config, spec, plan):
+    if config.rate == 13.0:
+        raise RuntimeError("a bug")
+
+def make(config, spec, plan):
+    def init(key, policy=None):
+        return Policy(jnp.zeros((), jnp.float32)) if policy is None else policy
+
+    def act(policy, memory, obs, key, mode):
+        return memory, jnp.full((obs.shape[0], 1), 0.5), ()
+
+    def update(learner, trajectory, iteration, key):
+        return Policy(learner.weight + config.rate), {"weight": learner.weight}
+
+    return Algorithm(init, lambda learner, mode: learner, lambda key: (), act, update)
+"""
+TINY = ["--total-steps", "64", "--num-envs", "4", "--unroll-length", "4", "--eval-episodes", "3", "--num-evals", "2"]
+
+
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    """An algorithm and an environment in files of the user's, in whose folder the command runs."""
+    (tmp_path / "my_algo.py").write_text(ALGORITHM)
+    (tmp_path / "my_env.py").write_text((ROOT / "tests" / "worlds.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    return ["my_algo.py", "my_env.py:Counter"]
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout, stderr."""
+    status = cli.main([str(argument) for argument in arguments])
+    return (status, *capsys.readouterr())
+
+
+def config_of(run_dir):
+    return json.loads((Path(run_dir) / "config.json").read_text())
+
+
+def test_help_names_and_misspelt_names_need_no_jax():
+    code = """
+import sys
+from rlx.cli import main
+assert main(["--help"]) == main(["--version"]) == main(["list", "envs"]) == main(["list", "algorithms"]) == 0
+assert main(["train", "ppo", "playground/CheetaRun"]) == main(["train", "pppo", "gymnax/Pendulum-v1"]) == 2
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not loaded & {"jax", "brax", "gymnax", "mujoco_playground", "tyro", "rich"}, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "playground/CheetahRun" in done.stdout.split()
+    assert "Did you mean playground/CheetahRun" in done.stderr and "Did you mean ppo?" in done.stderr
+
+
+def test_a_folder_called_envs_in_the_working_directory_hides_nothing(tmp_path):
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "__init__.py").write_text("raise RuntimeError('the wrong envs')")
+    command = [sys.executable, "-m", "rlx.cli", "list", "envs"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "gymnax/Pendulum-v1" in done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trian", "ppo"], "command 'trian' does not exist. Did you mean train"),
+        (["train", "pppo", "gymnax/Pendulum-v1"], "algorithm 'pppo' does not exist. Did you mean ppo"),
+        (["train", "ppo", "gymnax/Pendulm-v1"], "Did you mean gymnax/Pendulum-v1"),
+        (["train", "ppo"], "usage: rlx train ALGORITHM ENV"),
+        (["train", "--seed", "3", "ppo"], "usage: rlx train ALGORITHM ENV"),
+        (["train", "ppo", "missing.py:make"], "missing.py' does not exist"),
+        (["train", "ppo", "no_such_module:make"], "there is no module 'no_such_module'"),
+        (["train", "ppo", "my_env.py"], "lacks the function that makes it"),
+        (["train", "ppo", "my_env.py:Nothing"], "'Nothing' does not exist"),
+        (["train", "my_env.py", "my_env.py:Counter"], "has no Config"),
+        (["train", "my_algo.py", "my_env.py:CounterState", "--env.t", "1", "--env.start", "2"], "it has no 'spec'"),
+        (["train", "my_algo.py", "my_env.py:Counter", "--env.size", "3"], "'size' does not exist"),
+        (["train", "my_algo.py", "my_env.py:Counter", "--env.length"], "--env.length needs a value"),
+        (["train", "my_algo.py", "my_env.py:Counter", "--algo.rat", "3"], "--algo.rate"),
+        (["train", "my_algo.py", "my_env.py:Counter", "--num-envs", "many"], "--num-envs"),
+        (["train", "my_algo.py", "my_env.py:Counter", "--num-envs", "0"], "num_envs = 0 is not possible"),
+        (["train", "my_algo.py", "my_env.py:Counter", "--config", "no.toml"], "no.toml"),
+        (["train", "my_algo.py", "my_env.py:Counter", "--from", "nowhere"], "nowhere"),
+        (["resume", "nowhere"], "does not exist"),
+        (["evaluate", "nowhere", "--episodes", "0"], "--episodes = 0 is not possible"),
+        (["evaluate"], "required: run_dir"),
+        (["plot", "nowhere", "--out", "a.png"], "nowhere"),
+        (["list", "runs"], "invalid choice"),
+    ],
+)
+def test_what_a_user_can_correct_is_said_without_a_traceback(pair, capsys, arguments, message):
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err and "internal error" not in err
+    assert out == ""
+
+
+def test_debug_shows_the_traceback_of_an_error_that_a_plain_call_reports_in_a_line(pair, capsys):
+    arguments = ["train", *pair, "--algo.rate", "13", *TINY]
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert err.splitlines()[-1].startswith("internal error: RuntimeError: a bug; run again with --debug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main([*arguments, "--debug", "--run-dir", "other"])
+
+
+def test_an_interrupt_before_training_ends_with_130(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "list_names", interrupted)
+    assert run(capsys, "list", "envs") == (130, "", "interrupted\n")
+
+
+def test_help_of_a_pair_lists_settings_with_their_comments_and_defaults(pair, capsys):
+    status, out, _ = run(capsys, "train", *pair, "--help")
+    assert status == 0
+    for text in ("--algo.rate FLOAT", "added to the weight in every update", "(default: 0.1)", "--num-envs", "--from"):
+        assert text in " ".join(out.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["train", "--help"], ["evaluate", "--help"]])
+def test_help_ends_with_0(capsys, arguments):
+    status, out, err = run(capsys, *arguments)
+    assert status == 0 and "usage: rlx" in out and err == ""
+
+
+def test_a_run_is_trained_resumed_evaluated_and_drawn(pair, capsys, monkeypatch, tmp_path):
+    status, out, err = run(capsys, "train", *pair, *TINY, "--run-dir", "a", "--env.length", "2", "--algo.rate=0.5")
+    assert status == 0, err
+    assert "done:" in out and "mean return of the last evaluation: 3" in out  # rewards 1 + 2
+    for phase in ("importing", "building", "tracing", "compiling", "training"):
+        assert f"{phase}: " in err
+    config = config_of("a")
+    assert config["env"] == f"{tmp_path / 'my_env.py'}:Counter" and config["algorithm"] == str(tmp_path / "my_algo.py")
+    assert config["env_overrides"] == {"length": 2} and config["algo"]["rate"] == 0.5
+    assert config["settings"]["algo.rate"] == {"value": 0.5, "from": "command line"}
+    assert config["settings"]["seed"] == {"value": 0, "from": "default"}
+
+    monkeypatch.chdir("/")  # what was recorded does not depend on the working directory
+    folder = tmp_path / "a"
+    assert run(capsys, "evaluate", folder, "--episodes", "5")[:2] == (
+        0,
+        "step 64: mean return 3, standard deviation 0, 5 episodes\n",
+    )
+    entry = json.loads((folder / "eval.json").read_text())
+    assert entry["step"] == 64 and entry["returns"] == [3.0] * 5 and entry["lengths"] == [2.0] * 5
+    assert run(capsys, "evaluate", folder, "--best", "--mode", "sample")[0] == 0
+    assert json.loads((folder / "eval.json").read_text())["step"] == 0  # all returns are equal: the first is the best
+    status, out, err = run(capsys, "resume", folder)
+    assert status == 0 and "resuming at step 64" in err and "done" in out
+    status, out, _ = run(capsys, "plot", folder, "--out", tmp_path / "c.png")
+    assert status == 0 and (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_a_run_directory_in_use_is_refused_unless_overwritten(pair, capsys):
+    arguments = ["train", *pair, *TINY, "--run-dir", "a", "--quiet"]
+    assert run(capsys, *arguments)[0] == 0
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and err.startswith("error: ") and "already holds a run" in err
+    assert run(capsys, *arguments, "--overwrite", "--seed", "5")[::2] == (0, "")
+    assert config_of("a")["train"]["seed"] == 5
+
+
+def test_without_a_run_directory_a_new_folder_of_runs_is_made(pair, capsys, tmp_path):
+    assert run(capsys, "train", *pair, *TINY, "--quiet", "--seed", "4")[0] == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("my_algo-my_env_py_Counter-4-")
+
+
+def test_the_command_line_stands_above_the_file_and_the_file_above_the_default(pair, capsys):
+    Path("s.toml").write_text("seed = 7\nunroll_length = 2\nalgo.rate = 0.25\nenv.length = 2\nalgo.layers = [4, 4]")
+    status, _, err = run(capsys, "train", *pair, *TINY, "--config", "s.toml", "--algo.rate", "0.5", "--run-dir", "a")
+    assert status == 0, err
+    config = config_of("a")
+    origins = {key: (s["value"], s["from"]) for key, s in config["settings"].items()}
+    assert origins["seed"] == (7, "config") and origins["unroll_length"] == (4, "command line")
+    assert origins["algo.rate"] == (0.5, "command line") and origins["env.length"] == (2, "config")
+    assert origins["algo.layers"] == ([4, 4], "config") and origins["algo.loud"] == (False, "default")
+    assert config["env_overrides"] == {"length": 2} and config["train"]["seed"] == 7
+    assert "seed=7 (config)" in err and "at their defaults" in err
+
+
+def test_a_run_may_start_from_another_runs_policy(pair, capsys):
+    assert run(capsys, "train", *pair, *TINY, "--run-dir", "a", "--algo.rate", "2", "--quiet")[0] == 0
+    assert run(capsys, "train", *pair, *TINY, "--run-dir", "b", "--from", "a", "--algo.rate", "0", "--quiet")[0] == 0
+    rows = [json.loads(line) for line in Path("b/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["train/weight"] == 8.0  # 64 steps are 4 iterations, each of which added 2
+    assert config_of("b")["from"] == str(Path("a").absolute())
+
+
+def test_a_policy_of_another_shape_is_refused_by_leaf(pair, capsys):
+    assert run(capsys, "train", *pair, *TINY, "--run-dir", "a", "--quiet")[0] == 0
+    status, _, err = run(capsys, "train", "ppo", pair[1], "--from", "a", "--run-dir", "b", "--quiet")
+    assert status == 2 and "the policy to start from has" in err and "this run's learner takes" in err
+    assert not Path("b").exists()
+
+
+def test_resume_says_what_changed_or_is_missing(pair, capsys):
+    assert run(capsys, "train", *pair, *TINY, "--run-dir", "a", "--quiet")[0] == 0
+    Path("my_env.py").write_text(Path("my_env.py").read_text() + "\n")
+    status, _, err = run(capsys, "resume", "a", "--quiet")
+    assert status == 0 and "warning" in err and "my_env.py has changed since the run began" in err
+    Path("my_algo.py").unlink()
+    status, _, err = run(capsys, "resume", "a")
+    assert status == 2 and "my_algo.py' does not exist" in err
+
+
+def test_a_module_of_the_working_directory_serves_too(pair, capsys):
+    os.rename("my_algo.py", "my_module_algo.py")
+    os.rename("my_env.py", "my_module_env.py")
+    status, out, err = run(
+        capsys, "train", "my_module_algo", "my_module_env:Counter", *TINY, "--run-dir", "a", "--quiet"
+    )
+    assert status == 0, err
+    assert config_of("a")["env"] == "my_module_env:Counter"
+    assert config_of("a")["files"]["algorithm"]["path"] == str(Path("my_module_algo.py").absolute())
+
+
+def test_environment_overrides_are_split_off_and_read_as_literals():
+    arguments = ["--seed", "3", "--env.length", "5", "--env.task-name=run", "--env.sizes", "(1, 2)", "--quiet"]
+    rest, overrides = take_env_overrides(arguments)
+    assert rest == ["--seed", "3", "--quiet"]
+    assert overrides == {"env.length": 5, "env.task_name": "run", "env.sizes": (1, 2)}
+    with pytest.raises(UserError, match="--env.length needs a value"):
+        take_env_overrides(["--env.length", "--seed", "3"])
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("3", 3), ("-3.5", -3.5), ("true", True), ("False", False), ("none", None), ("[1]", [1]), ("a-b", "a-b")],
+)
+def test_literals(text, value):
+    assert literal(text) == value and type(literal(text)) is type(value)
+
+
+def test_the_value_of_a_flag_is_found_in_both_forms():
+    assert option_value(["--config", "a"], "--config") == option_value(["--config=a"], "--config") == "a"
+    assert option_value(["--config"], "--config") == option_value(["--configs", "b"], "--config") == ""
+
+
+def test_the_doctor_reports_every_piece_and_none_fails(capsys):
+    lines = list(examine())
+    assert [line[:14].strip() for line in lines][:3] == ["versions", "devices", "processors"]
+    assert len(lines) == 10 and not [line for line in lines if "FAILS" in line]
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0 and out.splitlines()[0] == lines[0]
+
+
+def test_the_doctor_goes_on_after_a_check_that_fails(monkeypatch):
+    def broken():
+        raise OSError("no such device")
+
+    monkeypatch.setattr("rlx.doctor.check_devices", broken)
+    lines = list(examine())
+    assert lines[1] == "devices       FAILS: OSError: no such device" and len(lines) == 10
