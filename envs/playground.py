@@ -1,85 +1,126 @@
-"""MuJoCo Playground. Its wrappers are not used: they throw the terminal observation away and reuse reset states."""
+"""MuJoCo Playground's tasks. Its training wrappers, which discard the last observation, are not used.
+
+Overrides: the fields of the task's own config, nested ones joined by dots
+(`{"reward_config.scales.tracking_lin_vel": 2.0}`); `episode_length` and `action_repeat` default to the config's.
+Actions pass through: the control range of every dm_control task is [-1, 1] (the tests look), and the robot tasks scale
+by themselves, as Playground's published training assumes.
+
+Locomotion and manipulation need robot models out of mujoco_menagerie, which Playground would clone at first use. Here
+nothing is fetched: give a local copy as override `menagerie_path`, in RLX_MENAGERIE_PATH, or where Playground keeps its
+own.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from mujoco_playground import registry
-from mujoco_playground._src import mjx_env
 
-from envs.names import DM_CONTROL
-from envs.wrappers import adapt, check_overrides
+from envs.adapter import building, check_physics, foreign, limit_and_repeat, read_options
+from envs.names import LOCOMOTION, MANIPULATION
+from envs.wrappers import FixedPoint
 from rlx.environment import Environment
-from rlx.errors import UserError, require
+from rlx.errors import UserError
 from rlx.types import Box, PyTree, Spec, TimeStep
 
-IMPLEMENTATIONS = {"auto": "jax", "mjx": "jax"}  # Playground's own default is Warp, on a CPU the slowest
+if TYPE_CHECKING:
+    from mujoco_playground import MjxEnv, State
+
+# Playground's default is Warp, by far the slowest on a CPU: the engine is always passed. (AeroCubeRotateZAxis alone has
+# no such field, and takes what mjx chooses for the device.)
+ENGINES = {"auto": "jax", "mjx": "jax"}
+MENAGERIE_URL = "https://github.com/google-deepmind/mujoco_menagerie"
+MENAGERIE_COMMIT = "1b86ece576591213e2b666ebf59508454200ca97"  # the one that Playground 0.2.0 is made for
+OWN_FIELDS = ("action_repeat", "episode_length", "impl")
 
 
 class Playground:
-    """One Playground task. Its state is Playground's State; every task takes actions in [-1, 1]."""
+    """One task. The state is Playground's own; `info` holds its metrics, () float32 each."""
 
-    def __init__(self, env: mjx_env.MjxEnv):
-        self._env = env
-        obs = jax.eval_shape(env.reset, jax.random.key(0)).obs
-        self.spec = Spec(obs=obs, action=Box((env.action_size,)))
+    def __init__(self, env: MjxEnv):
+        self.env = env
+        self.spec = Spec(obs=None, action=Box((env.action_size,)))
 
-    def reset(self, key: jax.Array, params: PyTree) -> tuple[mjx_env.State, PyTree]:
-        state = self._env.reset(key)
+    def reset(self, key: jax.Array, params: PyTree):
+        with foreign():
+            state = self.env.reset(key)
         return state, state.obs
 
-    def step(self, state: mjx_env.State, action: jax.Array, key: jax.Array) -> tuple[mjx_env.State, TimeStep]:
-        state = self._env.step(state, action)
-        never = jnp.zeros((), bool)
-        return state, TimeStep(state.obs, state.reward, state.done > 0, never, state.obs, dict(state.metrics))
+    def step(self, state: State, action: jax.Array, key: jax.Array):
+        with foreign():
+            # A copy of the containers: tasks write metrics into those of their argument.
+            state = self.env.step(jax.tree.map(lambda x: x, state), action)
+        terminated = jnp.asarray(state.done).astype(bool)
+        info = {name: jnp.asarray(value, jnp.float32) for name, value in state.metrics.items()}
+        return state, TimeStep(state.obs, state.reward, terminated, jnp.zeros((), bool), state.obs, info)
 
-    def render(self, states: Sequence[mjx_env.State]) -> Any:
-        """Needs a GL library: see `rlx doctor`."""
-        return self._env.render(jax.device_get(list(states)))
+    def render(self, states: Sequence[State]) -> Any:
+        return self.env.render(list(states))
 
 
-def find_menagerie() -> None:
-    """Points Playground at a local copy of the robot models, and never lets it start a download.
+def find_menagerie(name: str, override: str | None) -> Path:
+    """A local copy of mujoco_menagerie. Raises UserError that says how to get one; fetches nothing."""
+    chosen = override or os.environ.get("RLX_MENAGERIE_PATH")
+    spec = importlib.util.find_spec("mujoco_playground")
+    package = Path(spec.origin).parent if spec and spec.origin else Path()
+    path = Path(chosen).expanduser() if chosen else package / "external_deps" / "mujoco_menagerie"
+    if path.is_dir():
+        return path
+    where = f"but {path} is no directory" if chosen else "of which this machine has no copy"
+    raise UserError(
+        f"playground/{name} needs the robot models of mujoco_menagerie, {where}. They come over the network: "
+        f"`git clone {MENAGERIE_URL} DIR && git -C DIR checkout {MENAGERIE_COMMIT}`; then set RLX_MENAGERIE_PATH=DIR, "
+        "or pass the override menagerie_path."
+    )
 
-    Raises UserError if there is none.
-    """
-    own = os.environ.get("RLX_MENAGERIE_PATH")
-    if own:
-        mjx_env.MENAGERIE_PATH = type(mjx_env.MENAGERIE_PATH)(own)
-    path = Path(mjx_env.MENAGERIE_PATH)
-    if not path.is_dir():
-        raise UserError(
-            f"This task needs the robot models of mujoco_menagerie (commit {mjx_env.MENAGERIE_COMMIT_SHA[:8]}), which "
-            f"are not at {path}. Where there is a network, clone them there (github.com/google-deepmind/mujoco_menagerie); "
-            "or set RLX_MENAGERIE_PATH to a local copy."
-        )
+
+@contextlib.contextmanager
+def menagerie_at(path: Path | None) -> Iterator[None]:
+    """Playground takes its robot models from `path`; it reads the variable when it builds a task."""
+    if path is None:
+        yield
+        return
+    from etils import epath
+    from mujoco_playground._src import mjx_env
+
+    previous = mjx_env.MENAGERIE_PATH
+    mjx_env.MENAGERIE_PATH = epath.Path(path)
+    try:
+        yield
+    finally:
+        mjx_env.MENAGERIE_PATH = previous
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
-    """Overrides: the task's own configuration, nested names joined by dots (`episode_length`, `action_repeat`,
-    `ctrl_dt`, `noise_config.level`, ...)."""
-    require(physics in IMPLEMENTATIONS, "physics", physics, "playground tasks run on mjx so far")
-    if name not in DM_CONTROL:
-        find_menagerie()
+    """Builds `playground/<name>`. Raises UserError for an override that its config lacks, or if models are missing."""
+    full_name = f"playground/{name}"
+    check_physics(full_name, physics, tuple(engine for engine in ENGINES if engine != "auto"))
+    needs_models = name in LOCOMOTION + MANIPULATION
+    menagerie = find_menagerie(name, overrides.get("menagerie_path")) if needs_models else None
+    from mujoco_playground import registry
+
     config = registry.get_default_config(name)
-    flat = flatten(config.to_dict())
-    check_overrides(f"playground/{name}", overrides, sorted(flat))
-    own = {k: v for k, v in overrides.items() if k not in ("episode_length", "action_repeat")}
-    if "impl" in flat:
-        own["impl"] = IMPLEMENTATIONS[physics]
-    env = Playground(registry.load(name, config=config, config_overrides=own))
-    length = overrides.get("episode_length", config.episode_length)
-    return adapt(env, length, overrides.get("action_repeat", config.get("action_repeat", 1)))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} becomes {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+    allowed = {key: value for key, value in flatten(config.to_dict()).items() if key not in OWN_FIELDS}
+    allowed |= {"menagerie_path": None} if needs_models else {}
+    options = read_options(full_name, overrides, allowed, config.episode_length, config.get("action_repeat", 1))
+    changes = {key: value for key, value in options.rest.items() if key != "menagerie_path"}
+    if changes.get("vision"):
+        raise UserError(f"{full_name}: vision = True needs a renderer that only the Warp engine has.")
+    changes |= {"impl": ENGINES[physics]} if "impl" in config else {}
+    with menagerie_at(menagerie), building(full_name):
+        adapted = FixedPoint(Playground(registry.load(name, config=config, config_overrides=changes)))
+    return limit_and_repeat(adapted, options)

@@ -6,13 +6,13 @@ Start with `constant_reward` and go down the list: the first world that is not l
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from envs.adapter import check_physics, defaults_of, limit_and_repeat, read_options
 from rlx.environment import Environment
 from rlx.errors import require, unknown
 from rlx.types import Box, Discrete, PyTree, Spec, TimeStep
@@ -350,15 +350,19 @@ NAMES: tuple[str, ...] = tuple(_PROBES)
 
 
 def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
-    """A probe by name. `physics` changes nothing; `overrides` are the arguments of the probe's constructor.
+    """A probe by name. It has no physics engine; `overrides` are the arguments of the probe's constructor.
 
     Raises:
         UserError: a name or override that does not exist, a value that is not possible.
     """
     if name not in _PROBES:
         raise unknown("Probe", name, NAMES)
-    allowed = inspect.signature(_PROBES[name]).parameters
-    for key in overrides:
-        if key not in allowed:
-            raise unknown(f"Override of probe/{name}", key, allowed)
-    return _PROBES[name](**overrides)
+    full_name = f"probe/{name}"
+    check_physics(full_name, physics, ())
+    defaults = defaults_of(_PROBES[name])
+    length = defaults.pop("episode_length", None)
+    options = read_options(full_name, overrides, defaults, length)
+    if length is None:
+        return limit_and_repeat(_PROBES[name](**options.rest), options)
+    env = _PROBES[name](episode_length=options.episode_length or 0, **options.rest)
+    return limit_and_repeat(env, options._replace(episode_length=None))

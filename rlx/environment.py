@@ -41,7 +41,7 @@ def render(env: Environment, states: Sequence[EnvState]) -> Any:
     """
     draw = getattr(env, "render", None)
     if draw is None:
-        raise UserError(f"{type(env).__name__} cannot be drawn: it has no `render`.")
+        raise UserError(f"{type(env).__name__} cannot be rendered: it has no `render`.")
     return draw(states)
 
 

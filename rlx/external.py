@@ -1,6 +1,6 @@
 """Algorithms and environments that live outside this repository: `path/to/file.py`, `module`, each with `:function`.
 
-Finds and fingerprints both, and loads algorithms; `envs.make` loads environments. Free of jax.
+Finds, fingerprints and loads their files. Free of jax.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-from rlx.algorithms import ALGORITHMS
 from rlx.errors import UserError
 
 
@@ -71,17 +70,18 @@ def changed(reference: str, what: str, recorded: Mapping[str, str]) -> str | Non
 
 def load_algorithm(reference: str) -> ModuleType:
     """A user's module of an algorithm. Raises UserError if it lacks Config or make."""
-    module = _load_file(Path(reference)) if reference.endswith(".py") else importlib.import_module(reference)
+    module = load_file(Path(reference)) if reference.endswith(".py") else importlib.import_module(reference)
     for name in ("Config", "make"):
         if getattr(module, name, None) is None:
-            raise UserError(f"algorithm {reference!r} has no {name}; names that ship: {', '.join(ALGORITHMS)}.")
+            raise UserError(f"algorithm {reference!r} has no {name}; see `rlx list algorithms` for those that ship.")
     if not dataclasses.is_dataclass(module.Config):
         raise UserError(f"algorithm {reference!r}: Config must be a dataclass.")
     return module
 
 
-def _load_file(path: Path) -> ModuleType:
-    name = f"rlx_external_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+def load_file(path: Path) -> ModuleType:
+    """Imports a file under a name of its own, so that it hides no other module."""
+    name = f"rlx_external_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -107,7 +107,7 @@ def test_a_folder_called_envs_in_the_working_directory_hides_nothing(tmp_path):
         (["train", "ppo", "my_env.py"], "lacks the function that makes it"),
         (["train", "ppo", "my_env.py:Nothing"], "'Nothing' does not exist"),
         (["train", "my_env.py", "my_env.py:Counter"], "has no Config"),
-        (["train", "my_algo.py", "my_env.py:CounterState", "--env.t", "1", "--env.start", "2"], "it has no 'spec'"),
+        (["train", "my_algo.py", "my_env.py:CounterState", "--env.t", "1", "--env.start", "2"], "lacks 'spec'"),
         (["train", "my_algo.py", "my_env.py:Counter", "--env.size", "3"], "'size' does not exist"),
         (["train", "my_algo.py", "my_env.py:Counter", "--env.length"], "--env.length needs a value"),
         (["train", "my_algo.py", "my_env.py:Counter", "--algo.rat", "3"], "--algo.rate"),

@@ -255,7 +255,7 @@ def test_an_unknown_name_or_override_is_a_user_error_that_says_what_exists():
         probes.make("lqrr")
     with pytest.raises(UserError, match="'length' does not exist.*episode_length"):
         probes.make("final_code", length=3)
-    with pytest.raises(UserError, match="Allowed: drag, episode_length, noise, scale"):
+    with pytest.raises(UserError, match="Allowed: action_repeat, drag, episode_length, noise, scale"):
         probes.make("lqr", horizon=3)
 
 

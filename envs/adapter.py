@@ -1,0 +1,122 @@
+"""What the adapters share: checked overrides, other people's code under our settings, the order of the wrappers."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from envs.wrappers import ActionRepeat, TimeLimit
+from rlx.environment import Environment
+from rlx.errors import UserError, require, unknown
+
+COMMON = ("action_repeat", "episode_length")
+
+
+class Options(NamedTuple):
+    """Overrides, sorted: those of every suite, and the rest."""
+
+    episode_length: int | None  # inner steps; None: no limit
+    action_repeat: int
+    rest: dict[str, Any]
+
+
+def read_options(
+    name: str,
+    overrides: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    episode_length: int | None = None,
+    action_repeat: int = 1,
+) -> Options:
+    """Checks `overrides` of environment `name` against `defaults` (field -> default value).
+
+    `episode_length` and `action_repeat` are the suite's own defaults. Raises UserError for an unknown field, with close
+    matches, and for a value of another type than the default's.
+    """
+    for key in overrides:
+        if key not in COMMON and key not in defaults:
+            raise unknown(f"{name}: override", key, {*defaults, *COMMON})
+    length = overrides.get("episode_length", episode_length) or None
+    repeat = overrides.get("action_repeat", action_repeat)
+    for field, value, lowest in (("episode_length", 0 if length is None else length, 0), ("action_repeat", repeat, 1)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        require(whole and value >= lowest, f"{name}: {field}", value, f"a whole number of at least {lowest}")
+    rest = {key: fit(name, key, value, defaults[key]) for key, value in overrides.items() if key not in COMMON}
+    return Options(length, repeat, rest)
+
+
+def fit(name: str, key: str, value: Any, default: Any) -> Any:
+    """`value` in the type of `default`; None as a default takes anything. Raises UserError if it does not fit."""
+    if default is None:
+        return value
+    if isinstance(default, enum.Enum):
+        allowed = [member.value for member in type(default)]
+        require(value in allowed, f"{name}: {key}", value, f"one of {', '.join(map(str, allowed))}")
+        return value
+    kinds: tuple[type, ...] = (type(default),)
+    if isinstance(default, tuple | list):
+        kinds = (tuple, list)
+    elif isinstance(default, float):
+        kinds = (float, int)
+    fits = isinstance(value, kinds) and (isinstance(default, bool) or not isinstance(value, bool))
+    require(fits, f"{name}: {key}", value, f"{kinds[0].__name__}, such as the default {default!r}")
+    return type(default)(value)
+
+
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword parameters of a function or class and their defaults; None where there is none."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: None if p.default is p.empty else p.default for p in parameters if p.kind in kinds}
+
+
+def check_physics(name: str, physics: str, available: tuple[str, ...]) -> None:
+    """Raises UserError if the suite cannot simulate `name` with this engine."""
+    if physics not in ("auto", *available):
+        choices = " or ".join(("auto", *available))
+        raise UserError(f"physics = {physics!r} is not available for {name}: it takes {choices}.")
+
+
+def limit_and_repeat(env: Any, options: Options) -> Environment:
+    """`env` under its time limit, and that under its action repeat, so that the limit counts inner steps."""
+    if options.episode_length is not None:
+        env = TimeLimit(env, options.episode_length)
+    return ActionRepeat(env, options.action_repeat) if options.action_repeat > 1 else env
+
+
+def foreign() -> contextlib.AbstractContextManager[Any]:
+    """Around calls into packages that broadcast ranks freely, which this project's tests forbid to itself."""
+    return jax.numpy_rank_promotion("allow")
+
+
+@contextlib.contextmanager
+def building(name: str) -> Iterator[None]:
+    """Around the construction of an environment out of another package.
+
+    A refusal becomes a UserError. MuJoCo's warnings go to the logger `envs`: by default it writes each into a file
+    MUJOCO_LOG.TXT in the working directory. brax's reminder that it is in maintenance is left out.
+    """
+    import mujoco
+
+    def log(message: str) -> None:
+        level = logging.DEBUG if "deprecated" in message else logging.WARNING
+        logging.getLogger("envs").log(level, "%s: %s", name, message.strip())
+
+    previous = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(log)
+    try:
+        with foreign(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Brax System")
+            yield
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} cannot be built: {type(error).__name__}: {error}") from error
+    finally:
+        mujoco.set_mju_user_warning(previous)
