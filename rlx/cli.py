@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import platform
 import re
 import shlex
 import sys
@@ -60,6 +61,9 @@ class Pair(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0; 1 a fault of ours; 2 a user's; 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Compiled programs are kept for the next run. A folder a host: what one processor runs may crash another's.
+    cache = Path.home() / ".cache" / "rlx" / f"jax-{platform.node()}"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     debug = "--debug" in arguments
     try:
         return dispatch([argument for argument in arguments if argument != "--debug"])
@@ -254,7 +258,11 @@ def resume(arguments: list[str]) -> int:
     parser.add_argument("run_dir")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
     options = parser.parse_args(arguments)
-    recorded = RunDirectory.open(options.run_dir).config
+    directory = RunDirectory.open(options.run_dir)
+    recorded = directory.config
+    if finished(directory):
+        print(f"finished before: {directory.path}")
+        return 0
     shown = Progress(quiet=options.quiet)
     with shown.phase("building"):
         run = load_run(options.run_dir)
@@ -271,6 +279,15 @@ def resume(arguments: list[str]) -> int:
     keywords: dict[str, Any] = {"run_dir": run.directory.path, "init_policy": policy, "progress": shown}
     done = training.train(run.env, run.module, run.train_config, run.config, resume=True, **keywords)
     return finish(done, run.directory.path)
+
+
+def finished(directory: RunDirectory) -> bool:
+    """Whether the newest checkpoint is that of the last iteration."""
+    from rlx.checkpoint import Checkpointer
+
+    plan = directory.config.get("plan", {})
+    last = plan and plan["num_iterations"] * plan["num_envs"] * plan["unroll_length"] * plan["action_repeat"]
+    return Checkpointer(directory.checkpoints_path).steps()[-1:] == [last]
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -144,5 +144,6 @@ def check_compile_cache() -> str:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not folder:
         return "off: every run compiles anew (set JAX_COMPILATION_CACHE_DIR to a folder)"
-    writable = os.access(folder if Path(folder).is_dir() else Path(folder).absolute().parent, os.W_OK)
+    path = Path(folder).absolute()
+    writable = os.access(next(p for p in (path, *path.parents) if p.exists()), os.W_OK)
     return folder + ("" if writable else ": not writable, so every run compiles anew")

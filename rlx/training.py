@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from rlx.algorithm import Algorithm, LearnerState, Mode, Plan, Policy, Source, SourceState
 from rlx.checkpoint import Checkpointer
+from rlx.doctor import usable_cores
 from rlx.environment import Environment
 from rlx.errors import UserError, require
 from rlx.evaluation import EvalResult, make_evaluate
@@ -244,7 +244,7 @@ def describe(
         "machine": {
             "platform": jax.default_backend(),
             "devices": [device.device_kind for device in jax.devices()],
-            "threads": len(os.sched_getaffinity(0)),
+            "cores": usable_cores(),
             "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
         },
     }

@@ -1,0 +1,65 @@
+"""PPO's rows of README's results table: three seeds a task, the tuned settings, greedy evaluation of the last policy.
+
+    python experiments/ppo/table.py                       every row (about 15 minutes on two cores), into runs/ppo/
+    python experiments/ppo/table.py gymnax/Pendulum-v1    one row
+
+Each run is `rlx train ppo ENV --seed S --run-dir runs/ppo/ENV-S`, then `rlx evaluate` on as many episodes as EPISODES
+says. Runs that are there are resumed if they were cut, and not repeated. Prints the table and writes results.json.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from rlx.logging import versions
+
+SEEDS = (0, 1, 2)
+EPISODES = {"probe/lqr": 16384}  # its returns spread widely: the start decides them
+TASKS = {
+    "gymnax/CartPole-v1": ">= 475",
+    "gymnax/Pendulum-v1": ">= -200",
+    "brax/inverted_pendulum": ">= 950",
+    "playground/CartpoleBalance": ">= 950",
+    "playground/CartpoleSwingup": ">= 500",
+    "probe/lqr": "within 5 % of -9.44, the Riccati optimum",
+}
+
+
+def rlx(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "rlx.cli", *map(str, arguments)], check=True)
+
+
+def measure(env: str, seed: int) -> tuple[int, float]:
+    """Steps taken and the mean return of one seed."""
+    folder = Path("runs/ppo") / f"{env.replace('/', '-')}-{seed}"
+    if (folder / "config.json").exists():
+        rlx("resume", folder)
+    else:
+        rlx("train", "ppo", env, "--seed", seed, "--run-dir", folder)
+    rlx("evaluate", folder, "--episodes", EPISODES.get(env, 128), "--seed", 1000)
+    evaluation = json.loads((folder / "eval.json").read_text())
+    return evaluation["step"], float(np.mean(evaluation["returns"]))
+
+
+def main() -> None:
+    file = Path(__file__).with_name("results.json")
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for env in sys.argv[1:] or TASKS:
+        steps, returns = zip(*(measure(env, seed) for seed in SEEDS), strict=True)
+        results[env] = {"steps": steps[0], "returns": returns, "versions": versions()}
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    print("| task | steps | mean return of 3 seeds (each) | asked for |\n|---|---|---|---|")
+    for env, target in TASKS.items():
+        if env in results:
+            each = ", ".join(f"{value:.1f}" for value in results[env]["returns"])
+            mean = np.mean(results[env]["returns"])
+            print(f"| `{env}` | {results[env]['steps']:,} | {mean:.1f} ({each}) | {target} |")
+
+
+if __name__ == "__main__":
+    main()
