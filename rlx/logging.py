@@ -251,7 +251,7 @@ class Progress:
         self.phases: dict[str, float] = {}
         self.total_steps = total_steps  # known once the run is planned
         self._stream = sys.stderr if stream is None else stream
-        self._quiet = quiet
+        self.quiet = quiet
         self._shown: dict[str, float] = {}
         self._last = ""
         self._bar: Any = None
@@ -309,8 +309,11 @@ class Progress:
         """One line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        elif not self._quiet:
-            print(text, file=self._stream, flush=True)
+        elif not self.quiet:
+            try:
+                print(text, file=self._stream, flush=True)
+            except BrokenPipeError:  # nobody reads any more (`| head`): the run goes on
+                self.quiet = True
 
     def close(self) -> None:
         """Ends the bar and leaves its last report as a line."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import threading
 import time
@@ -22,9 +24,9 @@ from rlx.logging import Progress, RunDirectory, Writer, write_atomically
 class StopSignal:
     """Turns SIGTERM and Ctrl-C into a request that the loop sees at the epoch's end. A second Ctrl-C interrupts."""
 
-    def __init__(self, progress: Progress):
+    def __init__(self, quiet: bool):
         self.requested = False
-        self._progress = progress
+        self._quiet = quiet
 
     def __enter__(self) -> StopSignal:
         self._previous = {}
@@ -36,7 +38,12 @@ class StopSignal:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        self._progress.message(f"{signal.Signals(number).name}: saving at the end of this epoch, then stopping")
+        if (
+            not self._quiet
+        ):  # not through the stream: it may be in the middle of a line, and refuses to be entered twice
+            text = f"{signal.Signals(number).name}: saving at the end of this epoch, then stopping\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():

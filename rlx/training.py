@@ -326,7 +326,7 @@ def train(
         state = programs.init(jax.random.key(train_config.seed), init_policy)
     recorder = Recorder(schedule.plan.steps_per_iteration, directory, checkpointer, writers, progress, history)
     try:
-        with StopSignal(progress) as stop, progress.phase("training"):
+        with StopSignal(progress.quiet) as stop, progress.phase("training"):
             state = run_epochs(programs, schedule, train_config, learner, state, recorder, stop, on_epoch)
     finally:
         for resource in (checkpointer, *writers, progress):

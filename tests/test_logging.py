@@ -236,3 +236,14 @@ def test_on_a_terminal_phases_and_the_last_report_stay_on_the_screen():
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.9, "59 s"), (61, "1 min"), (3660, "1 h 01 min")])
 def test_time_left_is_given_in_two_units_at_most(seconds, text):
     assert logging._duration(seconds) == text
+
+
+def test_a_run_goes_on_when_nobody_reads_its_progress_any_more():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    progress = Progress(10, stream=Closed())
+    progress.update(5, 1.0, {})
+    progress.message("unheard")
+    assert progress.quiet

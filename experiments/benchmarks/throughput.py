@@ -62,10 +62,10 @@ def peak_memory_mib() -> float:
 def measure(args: argparse.Namespace) -> dict:
     """One environment, in this process."""
     import jax
-    import jax.numpy as jnp
 
     import envs
     import rlx
+    from rlx.doctor import usable_cores
     from rlx.environment import random_action
     from rlx.logging import versions
     from rlx.rollout import make_source
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict:
     overrides = dict(pair.split("=", 1) for pair in args.set)
     env = envs.make(args.env, **overrides)
     plan = rlx.Plan(args.num_envs, args.unroll_length, 2**30, env.spec.action_repeat)
-    source = make_source(env, plan)
+    source = make_source(env, plan, args.reset)
     ppo = rlx.ppo.make(rlx.ppo.Config(num_minibatches=args.num_minibatches), env.spec, plan)
 
     def act(policy, memory, obs, key, mode):
@@ -93,13 +93,14 @@ def measure(args: argparse.Namespace) -> dict:
         "env": args.env,
         "overrides": overrides,
         "num_envs": args.num_envs,
+        "reset": args.reset,
         "unroll_length": args.unroll_length,
         "steps_per_second": {
             name: {"median": statistics.median(v), "min": min(v), "max": max(v)} for name, v in measured.items()
         },
         **times,
         "peak_memory_mib": peak_memory_mib(),
-        "device": f"{device.platform} {device.device_kind}, {jnp.dtype(jnp.float32)}, {platform.machine()}",
+        "device": f"{device.platform} {device.device_kind}, {platform.machine()}, {usable_cores()} cores",
         "versions": versions(),
         "command": " ".join(["python", "experiments/benchmarks/throughput.py", *sys.argv[1:]]),
     }
@@ -107,7 +108,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def show(result: dict) -> str:
     speed = result["steps_per_second"]
-    line = f"{result['env']} {result['overrides'] or ''} at {result['num_envs']} environments on {result['device']}"
+    line = f"{result['env']} {result['overrides'] or ''} at {result['num_envs']} environments, {result['reset']} resets, on {result['device']}"
     rows = [
         f"  {name:12s} {speed[name]['median']:>12,.0f} steps/s (min {speed[name]['min']:,.0f}, "
         f"max {speed[name]['max']:,.0f})  tracing {result[name]['tracing_s']:.1f} s, "
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("env", nargs="?", help="suite/name; the two defaults if left out")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the environment")
     parser.add_argument("--num-envs", type=int, default=256)
+    parser.add_argument("--reset", choices=("pool", "always"), default="pool", help="where new episodes start")
     parser.add_argument("--unroll-length", type=int, default=32)
     parser.add_argument("--num-minibatches", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=8, help="iterations in one timed block")
