@@ -5,6 +5,7 @@ Importing this package imports no suite and no jax.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,9 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     if physics not in PHYSICS:
         raise unknown("physics", physics, PHYSICS)
     if ":" in name:
-        return importlib.import_module("envs.external").make(name, physics, **overrides)
-    suite, _, member = name.partition("/")
-    return importlib.import_module(SUITES[suite]).make(member, physics, **overrides)
+        env = importlib.import_module("envs.external").make(name, physics, **overrides)
+    else:
+        suite, _, member = name.partition("/")
+        env = importlib.import_module(SUITES[suite]).make(member, physics, **overrides)
+    env.spec = dataclasses.replace(env.spec, name=name)
+    return env

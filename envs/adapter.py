@@ -90,6 +90,14 @@ def limit_and_repeat(env: Any, options: Options) -> Environment:
     return ActionRepeat(env, options.action_repeat) if options.action_repeat > 1 else env
 
 
+def with_key(state: Any, key: jax.Array) -> Any:
+    """brax's or Playground's State with `key` in place of the stream that it keeps, if it keeps one.
+
+    Environments that began from the same reset state would otherwise draw the same commands, noise and kicks.
+    """
+    return state.replace(info={**state.info, "rng": key}) if "rng" in state.info else state
+
+
 def foreign() -> contextlib.AbstractContextManager[Any]:
     """Around calls into packages that broadcast ranks freely, which this project's tests forbid to itself."""
     return jax.numpy_rank_promotion("allow")

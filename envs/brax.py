@@ -22,7 +22,7 @@ import brax.fluid
 import jax
 import jax.numpy as jnp
 
-from envs.adapter import building, check_physics, defaults_of, foreign, limit_and_repeat, read_options
+from envs.adapter import building, check_physics, defaults_of, foreign, limit_and_repeat, read_options, with_key
 from envs.wrappers import FixedPoint
 from rlx.environment import Environment
 from rlx.errors import UserError, unknown
@@ -63,7 +63,7 @@ class Brax:
     def step(self, state: brax.envs.State, action: jax.Array, key: jax.Array):
         with tracing():
             # A copy of the containers: brax writes metrics into those of its argument.
-            state = self.env.step(jax.tree.map(lambda x: x, state), action)
+            state = self.env.step(with_key(jax.tree.map(lambda x: x, state), key), action)
         terminated = jnp.asarray(state.done).astype(bool)
         info = {name: jnp.asarray(value, jnp.float32) for name, value in state.metrics.items()}
         return state, TimeStep(state.obs, state.reward, terminated, jnp.zeros((), bool), state.obs, info)

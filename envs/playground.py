@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from envs.adapter import building, check_physics, foreign, limit_and_repeat, read_options
+from envs.adapter import building, check_physics, foreign, limit_and_repeat, read_options, with_key
 from envs.names import LOCOMOTION, MANIPULATION
 from envs.wrappers import FixedPoint
 from rlx.environment import Environment
@@ -55,7 +55,7 @@ class Playground:
     def step(self, state: State, action: jax.Array, key: jax.Array):
         with foreign():
             # A copy of the containers: tasks write metrics into those of their argument.
-            state = self.env.step(jax.tree.map(lambda x: x, state), action)
+            state = self.env.step(with_key(jax.tree.map(lambda x: x, state), key), action)
         terminated = jnp.asarray(state.done).astype(bool)
         info = {name: jnp.asarray(value, jnp.float32) for name, value in state.metrics.items()}
         return state, TimeStep(state.obs, state.reward, terminated, jnp.zeros((), bool), state.obs, info)

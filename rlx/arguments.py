@@ -20,6 +20,7 @@ class Options:
     run_dir: str = ""  # where the run goes; empty: a new folder of runs/
     from_run: Annotated[str, tyro.conf.arg(name="from")] = ""  # run directory whose policy to start from
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False  # replace the run that --run-dir holds
+    wandb: str = ""  # W&B project to log to as well; empty: none
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False  # print nothing but errors and the result
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported before it is needed: names are checked before jax is l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -58,13 +59,21 @@ class Pair(NamedTuple):
     files: Mapping[str, Mapping[str, str]] = {}  # of "algorithm" and "env", where they are no names: path, sha256
 
 
+def keep_compiled_programs() -> None:
+    """Points jax's compilation cache at a folder in the user's home, unless the environment names another.
+
+    A folder a host: a program compiled for one processor may crash on another.
+    """
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        cache = Path.home() / ".cache" / "rlx" / f"jax-{platform.node()}"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0; 1 a fault of ours; 2 a user's; 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Compiled programs are kept for the next run. A folder a host: what one processor runs may crash another's.
-    cache = Path.home() / ".cache" / "rlx" / f"jax-{platform.node()}"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     debug = "--debug" in arguments
+    keep_compiled_programs()
     try:
         return dispatch([argument for argument in arguments if argument != "--debug"])
     except SystemExit as exit:  # argparse and tyro have said why
@@ -154,32 +163,27 @@ def train(arguments: list[str]) -> int:
         return 0 if wants_help else 2
     quiet = wants_help or "--quiet" in arguments
     pair = find_pair(*arguments[:2])
-    shown = Progress(quiet=quiet)
-    with shown.phase("importing"):
-        algorithm = load_algorithm(pair)
-        from rlx import training
-        from rlx.arguments import parse_train
-    options, merged = parse_train(pair.env, pair.algorithm, arguments[2:], training.TrainConfig, algorithm.Config)
-    pair = pair._replace(physics=options.physics, overrides=settings.values(merged, "env."))
-    train_config = settings.build(training.TrainConfig, settings.values(merged))
-    config = settings.build(algorithm.Config, settings.values(merged, "algo."))
-    run_dir = Path(options.run_dir or default_run_dir(pair, train_config.seed)).absolute()
-    say(quiet, f"{pair.algorithm} on {pair.env}, seed {train_config.seed}, in {run_dir}")
-    say(quiet, settings.describe(merged))
-    with shown.phase("building"):
-        env = load_env(pair)
-        start = options.from_run and str(Path(options.from_run).absolute())
-        policy = start_policy(start)
-    record = {**describe(pair), "from": start, "command": shlex.join(["rlx", "train", *arguments])}
-    record["settings"] = {key: {"value": s.value, "from": s.origin} for key, s in merged.items()}
-    keywords: dict[str, Any] = {
-        "run_dir": run_dir,
-        "record": record,
-        "overwrite": options.overwrite,
-        "init_policy": policy,
-        "progress": shown,
-    }
-    run = training.train(env, algorithm, train_config, config, **keywords)
+    with Progress(quiet=quiet) as shown:
+        with shown.phase("importing"):
+            algorithm = load_algorithm(pair)
+            from rlx import training
+            from rlx.arguments import parse_train
+        options, merged = parse_train(pair.env, pair.algorithm, arguments[2:], training.TrainConfig, algorithm.Config)
+        pair = pair._replace(physics=options.physics, overrides=settings.values(merged, "env."))
+        train_config = settings.build(training.TrainConfig, settings.values(merged))
+        config = settings.build(algorithm.Config, settings.values(merged, "algo."))
+        run_dir = Path(options.run_dir or default_run_dir(pair, train_config.seed)).absolute()
+        say(quiet, f"{pair.algorithm} on {pair.env}, seed {train_config.seed}, in {run_dir}")
+        say(quiet, settings.describe(merged))
+        with shown.phase("building"):
+            env = load_env(pair)
+            start = options.from_run and str(Path(options.from_run).absolute())
+            policy = start_policy(start)
+        record = {**describe(pair), "from": start, "wandb": options.wandb}
+        record["command"] = shlex.join(["rlx", "train", *arguments])
+        record["settings"] = {key: {"value": s.value, "from": s.origin} for key, s in merged.items()}
+        keywords: dict[str, Any] = {"run_dir": run_dir, "record": record, "overwrite": options.overwrite}
+        run = training.train(env, algorithm, train_config, config, init_policy=policy, progress=shown, **keywords)
     return finish(run, run_dir)
 
 
@@ -258,36 +262,23 @@ def resume(arguments: list[str]) -> int:
     parser.add_argument("run_dir")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
     options = parser.parse_args(arguments)
-    directory = RunDirectory.open(options.run_dir)
-    recorded = directory.config
-    if finished(directory):
-        print(f"finished before: {directory.path}")
-        return 0
-    shown = Progress(quiet=options.quiet)
-    with shown.phase("building"):
-        run = load_run(options.run_dir)
-        from rlx import training
-        from rlx.checkpoint import Checkpointer
+    recorded = RunDirectory.open(options.run_dir).config
+    with Progress(quiet=options.quiet) as shown:
+        with shown.phase("building"):
+            run = load_run(options.run_dir)
+            from rlx import training
+            from rlx.checkpoint import Checkpointer
 
-        start = recorded.get("from") if Checkpointer(run.directory.checkpoints_path).empty() else None
-        policy = start_policy(start)
-    then, now = recorded["versions"], versions()
-    other = [
-        f"{name} {then[name]} then, {now.get(name, 'missing')} now" for name in then if now.get(name) != then[name]
-    ]
-    say(options.quiet or not other, f"versions differ, so results may in their last digits: {'; '.join(other)}")
-    keywords: dict[str, Any] = {"run_dir": run.directory.path, "init_policy": policy, "progress": shown}
-    done = training.train(run.env, run.module, run.train_config, run.config, resume=True, **keywords)
+            start = recorded.get("from") if Checkpointer(run.directory.checkpoints_path).empty() else None
+            policy = start_policy(start)
+        now = versions()
+        other = [f"{k} {was} then, {now.get(k, 'missing')} now" for k, was in recorded["versions"].items()]
+        other = [text for text, (k, was) in zip(other, recorded["versions"].items(), strict=True) if now.get(k) != was]
+        say(options.quiet or not other, f"versions differ, so results may in their last digits: {'; '.join(other)}")
+        keywords: dict[str, Any] = {"run_dir": run.directory.path, "init_policy": policy, "progress": shown}
+        keywords["record"] = describe(run.pair)
+        done = training.train(run.env, run.module, run.train_config, run.config, resume=True, **keywords)
     return finish(done, run.directory.path)
-
-
-def finished(directory: RunDirectory) -> bool:
-    """Whether the newest checkpoint is that of the last iteration."""
-    from rlx.checkpoint import Checkpointer
-
-    plan = directory.config.get("plan", {})
-    last = plan and plan["num_iterations"] * plan["num_envs"] * plan["unroll_length"] * plan["action_repeat"]
-    return Checkpointer(directory.checkpoints_path).steps()[-1:] == [last]
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -296,25 +287,29 @@ def evaluate(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("rlx evaluate", description=text, allow_abbrev=False)
     parser.add_argument("run_dir")
     parser.add_argument("--episodes", type=int, default=128, help="how many, in parallel (128)")
-    parser.add_argument("--seed", type=int, default=0, help="decides the starts and the noise (0)")
+    parser.add_argument("--seed", type=int, help="decides the starts and the noise (the run's own, as in training)")
+    parser.add_argument("--decisions", type=int, default=0, help="cut of an episode (0: the time limit)")
     parser.add_argument("--best", action="store_true", help="the policy of the best evaluation, not the newest")
     parser.add_argument("--mode", choices=("greedy", "sample"), default="greedy", help="greedy is deterministic")
     options = parser.parse_args(arguments)
     require(options.episodes >= 1, "--episodes", options.episodes, "at least 1")
-    shown = Progress()
-    with shown.phase("building"):
-        run = load_run(options.run_dir)
-        import jax
+    with Progress() as shown:
+        with shown.phase("building"):
+            run = load_run(options.run_dir)
+            import jax
 
-        from rlx.evaluation import make_evaluate
-        from rlx.training import load_policy
+            from rlx.evaluation import make_evaluate
+            from rlx.training import load_policy
 
-        built = (run.env, run.module, run.train_config, run.config)
-        algorithm, policy, step = load_policy(options.run_dir, *built, options.best, options.mode)
-    with shown.phase("evaluating"):
-        play = make_evaluate(run.env, algorithm, options.episodes, options.mode, run.train_config.eval_decisions)
-        result = jax.device_get(jax.jit(play)(policy, jax.random.key(options.seed)))
-    entry = {"step": step, "mode": options.mode, "seed": options.seed, "best": options.best}
+            built = (run.env, run.module, run.train_config, run.config)
+            algorithm, policy, step = load_policy(options.run_dir, *built, options.best, options.mode)
+        seed = run.train_config.seed if options.seed is None else options.seed
+        decisions = options.decisions or run.train_config.eval_decisions
+        with shown.phase("evaluating"):
+            play = jax.jit(make_evaluate(run.env, algorithm, options.episodes, options.mode, decisions))
+            _, _, _, key = jax.random.split(jax.random.key(seed), 4)  # the fourth, as in training
+            result = jax.device_get(play(policy, key))
+    entry = {"step": step, "mode": options.mode, "seed": seed, "best": options.best}
     entry |= {"returns": result.returns.tolist(), "lengths": result.lengths.tolist()}
     if options.mode == "greedy":
         write_atomically(run.directory.path / "eval.json", json.dumps(entry) + "\n")

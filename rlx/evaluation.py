@@ -32,7 +32,12 @@ def make_evaluate(
         UserError: the environment has no time limit and `max_decisions` is 0.
     """
     limit = env.spec.episode_length
-    require(bool(max_decisions or limit), "max_decisions", max_decisions, "the environment has no time limit, give one")
+    require(
+        bool(max_decisions or limit),
+        "max_decisions",
+        max_decisions,
+        "at least 1, for the environment has no time limit",
+    )
     decisions = max_decisions or -(-(limit or 0) // env.spec.action_repeat)
 
     def evaluate(policy: Policy, key: Key) -> EvalResult:

@@ -90,7 +90,9 @@ def load_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # before it runs: dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, SyntaxError):
+            raise UserError(f"{path}, line {error.lineno}: {error.msg}.") from error
         raise
     return module

@@ -259,6 +259,12 @@ class Progress:
         if self._stream.isatty() and not quiet:
             self._bar = self._start_bar()
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _start_bar(self) -> Any:
         from rich.console import Console
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,9 +17,21 @@ import numpy as np
 
 from rlx.algorithm import LearnerState, Policy
 from rlx.checkpoint import Checkpointer, first_nonfinite
-from rlx.errors import NonFiniteError
+from rlx.doctor import usable_cores
+from rlx.environment import Environment
+from rlx.errors import NonFiniteError, UserError, require
 from rlx.evaluation import EvalResult
-from rlx.logging import Progress, RunDirectory, Writer, write_atomically
+from rlx.logging import (
+    JsonlWriter,
+    Progress,
+    RunDirectory,
+    TensorboardWriter,
+    WandbWriter,
+    Writer,
+    read_metrics,
+    write_atomically,
+)
+from rlx.plotting import plot
 
 
 class StopSignal:
@@ -53,21 +66,43 @@ class StopSignal:
 class Recorder:
     """Takes what an epoch measured and the state after it to every place that keeps some of it."""
 
-    def __init__(
-        self,
-        steps_per_iteration: int,
-        directory: RunDirectory | None,
-        checkpointer: Checkpointer | None,
-        writers: Sequence[Writer],
-        progress: Progress,
-        history: list[dict[str, float]],
-    ):
-        self.history = history
-        self._steps_per_iteration, self._directory, self._checkpointer = steps_per_iteration, directory, checkpointer
-        self._writers, self._progress = writers, progress
+    def __init__(self, steps_per_iteration: int, progress: Progress):
+        self.history: list[dict[str, float]] = []  # the rows of metrics.jsonl
+        self.writers: list[Writer] = []
+        self._steps_per_iteration, self._progress = steps_per_iteration, progress
+        self._directory: RunDirectory | None = None
+        self._checkpointer: Checkpointer | None = None
         self._start_phases = dict(progress.phases)
         self._started = self._last_ready = time.perf_counter()
         self._last_iteration = 0
+
+    def open(
+        self, stack: contextlib.ExitStack, directory: RunDirectory, keep: int, resume: bool, abstract_state: Any
+    ) -> Any:
+        """Records into `directory` from here on; `stack` closes the files.
+
+        Returns the state of the newest whole checkpoint if `resume` finds one, and cuts the logs behind it; else None.
+        """
+        self._directory, self._checkpointer = directory, open_checkpoints(directory, keep)
+        stack.callback(self._checkpointer.close)
+        state, step = None, None
+        if resume and self._checkpointer.empty():
+            self._progress.message("no checkpoint yet: starting from the beginning")
+            step = -1
+        elif resume:
+            state, step = self._checkpointer.restore(abstract_state)
+            self._progress.message(f"resuming at step {step}")
+            rows = read_metrics(directory.metrics_path) if directory.metrics_path.exists() else []
+            self.history = [row for row in rows if row["step"] <= step]
+        self.writers += [
+            JsonlWriter(directory.metrics_path, step),
+            TensorboardWriter(directory.tensorboard_path, step),
+        ]
+        if directory.config.get("wandb"):
+            self.writers.append(WandbWriter(directory, directory.config["wandb"], step))
+        for writer in self.writers:
+            stack.callback(writer.close)
+        return state
 
     def begin(self, iteration: int) -> None:
         """Training starts here, at `iteration`."""
@@ -117,7 +152,7 @@ class Recorder:
         step = self.step(iteration)
         row = {**row, **{f"time/{name}": seconds for name, seconds in self._start_phases.items()}}
         self._start_phases = {}
-        for writer in self._writers:
+        for writer in self.writers:
             writer.write(step, row)
         self.history.append({"step": step, **row})
         self._progress.update(step, row.get("time/steps_per_second", 0.0), row)
@@ -137,3 +172,47 @@ class Recorder:
 
     def step(self, iteration: int) -> int:
         return iteration * self._steps_per_iteration
+
+
+def describe(
+    algorithm: Any, env: Environment, train_config: Any, config: Any, schedule: Mapping[str, int]
+) -> dict[str, Any]:
+    """What config.json holds of a run that is begun from Python; the command line adds what builds it again."""
+    return {
+        "algorithm": getattr(algorithm, "__name__", type(algorithm).__name__).rpartition(".")[2],
+        "env": env.spec.name or type(env).__name__,
+        "train": dataclasses.asdict(train_config),
+        "algo": dataclasses.asdict(config),
+        "plan": dict(schedule),
+        "machine": {
+            "platform": jax.default_backend(),
+            "devices": [device.device_kind for device in jax.devices()],
+            "cores": usable_cores(),
+            "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
+        },
+    }
+
+
+def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises UserError where a run is to be resumed with other settings than it was begun with."""
+    given = json.loads(json.dumps(given))
+    for name in ("algorithm", "env"):
+        require(recorded[name] == given[name], name, given[name], f"the run to resume is of {recorded[name]!r}")
+    for part in ("train", "algo", "plan"):
+        for name, value in given[part].items():
+            old = recorded.get(part, {}).get(name, value)
+            require(old == value, f"{part}.{name}", value, f"the run to resume was begun with {old!r}")
+
+
+def open_checkpoints(directory: RunDirectory, keep: int) -> Checkpointer:
+    """A run's checkpoints; each records whose it is."""
+    metadata = {name: directory.config[name] for name in ("algorithm", "env")}
+    return Checkpointer(directory.checkpoints_path, keep, metadata)
+
+
+def draw_curve(directory: RunDirectory, progress: Progress) -> None:
+    """curve.png; a run without returns to draw, or a disk that is full by now, is no reason to fail at its end."""
+    try:
+        plot([directory.path], directory.path / "curve.png")
+    except (UserError, OSError) as error:
+        progress.message(f"no curve.png: {error}")

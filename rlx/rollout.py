@@ -74,11 +74,11 @@ def make_source(
         return reset_envs(jax.random.split(key, pool_size), params)
 
     def init(algorithm: Algorithm, key: Key) -> EnvSourceState:
-        env_key, memory_key, pool_key = jax.random.split(key, 3)
+        env_key, memory_key = jax.random.split(key)
         env_state, obs = reset_envs(jax.random.split(env_key, num_envs), params)
         memory = jax.vmap(algorithm.memory)(jax.random.split(memory_key, num_envs))
         zeros = jnp.zeros(num_envs, jnp.float32)
-        pool_env, pool_obs = draw_pool(pool_key)
+        pool_env, pool_obs = jax.tree.map(lambda x: x[:pool_size], (env_state, obs))  # until the first refresh
         return EnvSourceState(env_state, obs, memory, pool_env, pool_obs, zeros, zeros)
 
     def refresh(state: EnvSourceState, key: Key) -> EnvSourceState:

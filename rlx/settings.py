@@ -122,6 +122,12 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
     raise UserError(f"{key} = {value!r} is not possible: it must be {hint if origin is tuple else allowed}.")
 
 
+def check_types(config: Any, prefix: str = "") -> None:
+    """Raises UserError where a field of a dataclass holds a value of another type than it is declared with."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        coerce(f"{prefix}{name}", getattr(config, name), hint)
+
+
 def values(merged: Mapping[str, Setting], prefix: str = "") -> dict[str, Any]:
     """Plain values of one part: "" for TrainConfig's fields, "algo." or "env." for the others, without the prefix."""
     if not prefix:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,17 +11,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlx import settings
 from rlx.algorithm import Algorithm, LearnerState, Mode, Plan, Policy, Source, SourceState
-from rlx.checkpoint import Checkpointer
-from rlx.doctor import usable_cores
+from rlx.compilation import Programs, check_environment, check_fixed_point, compile_programs
 from rlx.environment import Environment
 from rlx.errors import UserError, require
-from rlx.evaluation import EvalResult, make_evaluate
-from rlx.logging import JsonlWriter, Progress, RunDirectory, TensorboardWriter, Writer, read_metrics
-from rlx.plotting import plot
-from rlx.recording import Recorder, StopSignal
+from rlx.evaluation import make_evaluate
+from rlx.logging import Progress, RunDirectory, Writer
+from rlx.recording import Recorder, StopSignal, check_same_settings, describe, draw_curve, open_checkpoints
 from rlx.rollout import make_source
-from rlx.types import EpisodeStats, Metrics, PyTree
+from rlx.types import EpisodeStats, Metrics
+
+MAX_STEPS_PER_EPOCH = 2**19  # seconds on a CPU: a signal is answered at an epoch's end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,13 @@ class TrainConfig:
     num_envs: int = 256  # parallel environments
     unroll_length: int = 32  # decisions an environment takes in one iteration
     seed: int = 0  # decides everything that is random
-    iterations_per_epoch: int = 0  # iterations in one compiled block; 0: about 50 epochs in the run
+    iterations_per_epoch: int = 0  # iterations in one compiled block; 0: a fiftieth of the run, at most 2^19 steps
     num_evals: int = 10  # evaluations after the one at the start, evenly spaced, the last at the end; 0: none
     eval_episodes: int = 64  # episodes an evaluation
     eval_decisions: int = 0  # cut of an episode without an ending; 0: the environment's time limit
     reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of states drawn once an epoch, or anew
     reset_pool_size: int = 128  # states in that pool
-    num_checkpoints: int = 10  # saves, evenly spaced, the last at the end; 0: none
+    num_checkpoints: int = 10  # saves, evenly spaced, the last at the end
     keep_checkpoints: int = 2  # whole ones kept beside the best policy
 
 
@@ -68,21 +69,15 @@ class Run(NamedTuple):
 
 def init_state(algorithm: Algorithm, source: Source, key: jax.Array, policy: Policy | None = None) -> TrainState:
     """The state at iteration 0. `policy` starts the learner from another run's."""
-    init_key, _, pool_key, _ = jax.random.split(key, 4)
+    init_key, _, _, _ = jax.random.split(key, 4)
     learner_key, source_key = jax.random.split(init_key)
     learner = algorithm.init(learner_key, policy)
     return TrainState(learner, source.init(algorithm, source_key), key, jnp.zeros((), jnp.int32))
 
 
-def make_epoch(
-    algorithm: Algorithm, source: Source, plan: Plan, iterations_per_epoch: int
-) -> Callable[[TrainState], tuple[TrainState, EpochMetrics]]:
-    """A pure function: up to `iterations_per_epoch` rounds of collect and update, never past `plan.num_iterations`.
+def make_iteration(algorithm: Algorithm, source: Source) -> Callable[[TrainState], tuple[TrainState, EpochMetrics]]:
+    """A pure function: one round of collect and update. Its keys are folded from the root key by iteration."""
 
-    Keys are folded from the root key by iteration, so a restored run continues bit for bit.
-    """
-
-    @jax.jit
     def iterate(state: TrainState) -> tuple[TrainState, EpochMetrics]:
         _, train_key, _, _ = jax.random.split(state.key, 4)
         collect_key, update_key = jax.random.split(jax.random.fold_in(train_key, state.iteration))
@@ -93,11 +88,24 @@ def make_epoch(
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
         return state, EpochMetrics(jnp.ones((), jnp.float32), metrics, stats)
 
+    return iterate
+
+
+def make_epoch(
+    algorithm: Algorithm, source: Source, plan: Plan, iterations_per_epoch: int
+) -> Callable[[TrainState], tuple[TrainState, EpochMetrics]]:
+    """A pure function: new reset states, then up to `iterations_per_epoch` iterations, never past the plan's last.
+
+    Raises UserError, while tracing, where an iteration changes a leaf's shape, dtype or weak type.
+    """
+    iterate = jax.jit(make_iteration(algorithm, source))  # jitted: traced once, though it is called twice below
+
     def epoch(state: TrainState) -> tuple[TrainState, EpochMetrics]:
         _, _, pool_key, _ = jax.random.split(state.key, 4)
         state = state._replace(source=source.refresh(state.source, jax.random.fold_in(pool_key, state.iteration)))
         count = jnp.minimum(iterations_per_epoch, plan.num_iterations - state.iteration)
-        _, shapes = jax.eval_shape(iterate, state)  # `iterate` is jitted: it is traced once, here
+        after, shapes = jax.eval_shape(iterate, state)
+        check_fixed_point("the state of the run", state, after)
         zeros = jax.tree.map(lambda x: jnp.full(x.shape, -1 if x.dtype == jnp.int32 else 0, x.dtype), shapes)
 
         def body(_, carry):
@@ -132,60 +140,24 @@ class Schedule(NamedTuple):
         return epoch * times // self.num_epochs > (epoch - 1) * times // self.num_epochs
 
 
-def make_plan(env: Environment, config: TrainConfig) -> Schedule:
+def make_schedule(env: Environment, config: TrainConfig) -> Schedule:
     """Sizes of the run from its settings. Raises UserError for a field that cannot be."""
-    for name in ("total_steps", "num_envs", "unroll_length", "eval_episodes", "reset_pool_size", "keep_checkpoints"):
+    settings.check_types(config)
+    at_least_1 = ("total_steps", "num_envs", "unroll_length", "eval_episodes", "reset_pool_size")
+    for name in (*at_least_1, "num_checkpoints", "keep_checkpoints"):
         require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
-    for name in ("iterations_per_epoch", "num_evals", "num_checkpoints", "eval_decisions"):
+    for name in ("iterations_per_epoch", "num_evals", "eval_decisions"):
         require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
+    if config.num_evals and not env.spec.episode_length:
+        allowed = "at least 1, for the environment has no time limit"
+        require(config.eval_decisions > 0, "eval_decisions", config.eval_decisions, allowed)
     require(0 <= config.seed < 2**32, "seed", config.seed, "an integer from 0 to 2^32 - 1")
     require(config.reset in ("pool", "always"), "reset", config.reset, "pool or always")
     plan = Plan(config.num_envs, config.unroll_length, 0, env.spec.action_repeat)
     num_iterations = -(-config.total_steps // plan.steps_per_iteration)
-    per_epoch = config.iterations_per_epoch or max(1, num_iterations // 50)
+    largest = max(1, MAX_STEPS_PER_EPOCH // plan.steps_per_iteration)
+    per_epoch = config.iterations_per_epoch or min(max(1, num_iterations // 50), largest)
     return Schedule(plan._replace(num_iterations=num_iterations), min(per_epoch, num_iterations))
-
-
-class Programs(NamedTuple):
-    """What is compiled ahead of the first step."""
-
-    init: Callable[..., TrainState]  # (key, policy)
-    epoch: Callable[[TrainState], tuple[TrainState, EpochMetrics]]  # donates its argument
-    evaluate: Callable[..., EvalResult]  # (policy, key)
-    abstract_state: TrainState
-
-
-def compile_programs(
-    env: Environment, algorithm: Algorithm, schedule: Schedule, config: TrainConfig, policy: Policy, progress: Progress
-) -> Programs:
-    """Traces and compiles everything a run needs, telling `progress` which of the two goes on."""
-    source = make_source(env, schedule.plan, config.reset, config.reset_pool_size)
-    epoch = jax.jit(make_epoch(algorithm, source, schedule.plan, schedule.iterations_per_epoch), donate_argnums=0)
-    key = jax.random.key(config.seed)
-    with progress.phase("tracing"):
-        init = jax.jit(lambda key, policy: init_state(algorithm, source, key, policy)).trace(key, policy)
-        state = init.out_info
-        traced_epoch = epoch.trace(state)
-        check_fixed_point(state, traced_epoch.out_info[0])
-        traced = [init, traced_epoch]
-        if config.num_evals:
-            evaluate = make_evaluate(env, algorithm, config.eval_episodes, "greedy", config.eval_decisions)
-            greedy = jax.eval_shape(lambda learner: algorithm.policy(learner, "greedy"), state.learner)
-            traced.append(jax.jit(evaluate).trace(greedy, key))
-    with progress.phase("compiling"):
-        compiled = [program.lower().compile() for program in traced]
-    return Programs(compiled[0], compiled[1], compiled[-1], state)
-
-
-def check_fixed_point(before: PyTree, after: PyTree) -> None:
-    """Raises UserError where an epoch changes a leaf's shape, dtype or weak type: it would not run twice."""
-    changed = [
-        f"{jax.tree_util.keystr(path)}: {b} became {a}"
-        for (path, b), a in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
-        if (b.shape, b.dtype, b.weak_type) != (a.shape, a.dtype, a.weak_type)
-    ]
-    if changed:
-        raise UserError("The state of a run must keep its shapes, dtypes and weak types; " + "; ".join(changed[:5]))
 
 
 def run_epochs(
@@ -231,34 +203,6 @@ def run_epochs(
     return state
 
 
-def describe(
-    algorithm: Any, env: Environment, config: Any, train_config: TrainConfig, schedule: Schedule
-) -> dict[str, Any]:
-    """What config.json holds of a run that is begun from Python; the command line adds what builds it again."""
-    return {
-        "algorithm": getattr(algorithm, "__name__", type(algorithm).__name__).rpartition(".")[2],
-        "env": type(env).__name__,
-        "train": dataclasses.asdict(train_config),
-        "algo": dataclasses.asdict(config),
-        "plan": {**schedule.plan._asdict(), "iterations_per_epoch": schedule.iterations_per_epoch},
-        "machine": {
-            "platform": jax.default_backend(),
-            "devices": [device.device_kind for device in jax.devices()],
-            "cores": usable_cores(),
-            "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
-        },
-    }
-
-
-def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raises UserError where a run is to be resumed with other settings than it was begun with."""
-    given = json.loads(json.dumps(given))
-    for part in ("train", "algo", "plan"):
-        for name, value in given[part].items():
-            old = recorded.get(part, {}).get(name, value)
-            require(old == value, f"{part}.{name}", value, f"the run to resume was begun with {old!r}")
-
-
 def train(
     env: Environment,
     algorithm: Any,
@@ -295,48 +239,67 @@ def train(
         NonFiniteError: a NaN or infinity in the losses or the environment.
     """
     config = algorithm.Config() if config is None else config
-    schedule = make_plan(env, train_config)
-    check = getattr(algorithm, "check", None)
-    if check:
-        check(config, env.spec, schedule.plan)
-    learner = algorithm.make(config, env.spec, schedule.plan)
-    check_policy(learner, init_policy)
+    schedule = make_schedule(env, train_config)
+    plan = schedule.plan
+    built = build_algorithm(algorithm, config, env, plan)
+    check_policy(built, init_policy)
+    require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the run")
     progress = progress or Progress()
-    progress.total_steps = schedule.plan.num_iterations * schedule.plan.steps_per_iteration
-    description = describe(algorithm, env, config, train_config, schedule) | dict(record or {})
+    progress.total_steps = plan.num_iterations * plan.steps_per_iteration
+    schedule_entry = {**plan._asdict(), "iterations_per_epoch": schedule.iterations_per_epoch}
+    description = describe(algorithm, env, train_config, config, schedule_entry) | dict(record or {})
     directory = None
     if run_dir is not None and resume:
         directory = RunDirectory.open(run_dir)
         check_same_settings(directory.config, description)
     elif run_dir is not None:
         RunDirectory.check_free(run_dir, overwrite)
-    programs = compile_programs(env, learner, schedule, train_config, init_policy, progress)
-    if run_dir is not None and not resume:
-        directory = RunDirectory.create(run_dir, description, overwrite)
-    state, checkpointer = None, None
-    history: list[dict[str, float]] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        programs = compile_run(env, built, schedule, train_config, init_policy, progress)
+        if run_dir is not None and not resume:
+            directory = RunDirectory.create(run_dir, description, overwrite)
+        stop = stack.enter_context(StopSignal(progress.quiet))
+        state, recorder = None, Recorder(plan.steps_per_iteration, progress)
+        if directory:
+            state = recorder.open(stack, directory, train_config.keep_checkpoints, resume, programs.abstract_state)
+        recorder.writers += writers
+        if state is None:
+            state = programs.init(jax.random.key(train_config.seed), init_policy)
+        with progress.phase("training"):
+            state = run_epochs(programs, schedule, train_config, built, state, recorder, stop, on_epoch)
+    interrupted = int(state.iteration) < plan.num_iterations
     if directory:
-        checkpointer = open_checkpoints(directory, train_config)
-        step = None
-        if resume:
-            state, step, history = restore(directory, checkpointer, programs.abstract_state, progress)
-        jsonl = JsonlWriter(directory.metrics_path, step)
-        writers = [jsonl, TensorboardWriter(directory.path / "tensorboard", step), *writers]
-    if state is None:
-        state = programs.init(jax.random.key(train_config.seed), init_policy)
-    recorder = Recorder(schedule.plan.steps_per_iteration, directory, checkpointer, writers, progress, history)
-    try:
-        with StopSignal(progress.quiet) as stop, progress.phase("training"):
-            state = run_epochs(programs, schedule, train_config, learner, state, recorder, stop, on_epoch)
-    finally:
-        for resource in (checkpointer, *writers, progress):
-            if resource:
-                resource.close()
-    iteration = int(state.iteration)
-    if directory:
-        plot([directory.path], directory.path / "curve.png")
-    interrupted = iteration < schedule.plan.num_iterations
-    return Run(state, recorder.history, learner.policy(state.learner, "greedy"), interrupted)
+        draw_curve(directory, progress)
+    return Run(state, recorder.history, built.policy(state.learner, "greedy"), interrupted)
+
+
+def build_algorithm(module: Any, config: Any, env: Environment, plan: Plan) -> Algorithm:
+    """Checks the settings of an algorithm and makes it. Raises UserError for those that cannot work."""
+    settings.check_types(config, "algo.")
+    check = getattr(module, "check", None)
+    if check:
+        check(config, env.spec, plan)
+    return module.make(config, env.spec, plan)
+
+
+def compile_run(
+    env: Environment, algorithm: Algorithm, schedule: Schedule, config: TrainConfig, policy: Policy, progress: Progress
+) -> Programs:
+    """Everything a run needs, compiled ahead of the first step."""
+    check_environment(env)
+    source = make_source(env, schedule.plan, config.reset, config.reset_pool_size)
+    evaluate = None
+    if config.num_evals:
+        evaluate = make_evaluate(env, algorithm, config.eval_episodes, "greedy", config.eval_decisions)
+    return compile_programs(
+        init=lambda key, policy: init_state(algorithm, source, key, policy),
+        epoch=make_epoch(algorithm, source, schedule.plan, schedule.iterations_per_epoch),
+        evaluate=evaluate,
+        greedy=lambda state: algorithm.policy(state.learner, "greedy"),
+        policy=policy,
+        progress=progress,
+    )
 
 
 def check_policy(algorithm: Algorithm, policy: Policy | None) -> None:
@@ -367,32 +330,13 @@ def load_policy(
 
     Raises UserError where there is none, or where it is of another algorithm or environment.
     """
-    plan = make_plan(env, train_config).plan
-    learner = algorithm.make(config, env.spec, plan)
-    checkpointer = open_checkpoints(RunDirectory.open(run_dir), train_config)
-    abstract = jax.eval_shape(learner.init, jax.random.key(0))
-    if best:
-        policy, step = checkpointer.restore_best(jax.eval_shape(lambda s: learner.policy(s, "greedy"), abstract))
-        return learner, policy, step
+    plan = make_schedule(env, train_config).plan
+    built = build_algorithm(algorithm, config, env, plan)
+    checkpointer = open_checkpoints(RunDirectory.open(run_dir), train_config.keep_checkpoints)
     source = make_source(env, plan, train_config.reset, train_config.reset_pool_size)
-    state, step = checkpointer.restore(jax.eval_shape(lambda key: init_state(learner, source, key), jax.random.key(0)))
-    return learner, learner.policy(state.learner, mode), step
-
-
-def open_checkpoints(directory: RunDirectory, config: TrainConfig) -> Checkpointer:
-    """A run's checkpoints; each records whose it is."""
-    metadata = {name: directory.config[name] for name in ("algorithm", "env")}
-    return Checkpointer(directory.checkpoints_path, config.keep_checkpoints, metadata)
-
-
-def restore(
-    directory: RunDirectory, checkpointer: Checkpointer, abstract_state: TrainState, progress: Progress
-) -> tuple[TrainState | None, int, list[dict[str, float]]]:
-    """The newest whole checkpoint, its step, and the rows up to it; (None, -1, []) if none was ever begun."""
-    if checkpointer.empty():
-        progress.message("no checkpoint yet: starting from the beginning")
-        return None, -1, []
-    state, step = checkpointer.restore(abstract_state)
-    progress.message(f"resuming at step {step}")
-    rows = read_metrics(directory.metrics_path) if directory.metrics_path.exists() else []
-    return state, step, [row for row in rows if row["step"] <= step]
+    abstract = jax.eval_shape(lambda key: init_state(built, source, key), jax.random.key(0))
+    if best:
+        greedy = jax.eval_shape(lambda learner: built.policy(learner, "greedy"), abstract.learner)
+        return built, *checkpointer.restore_best(greedy)
+    state, step = checkpointer.restore(abstract)
+    return built, built.policy(state.learner, mode), step

@@ -75,3 +75,4 @@ class Spec:
     episode_length: int | None = None  # time limit in inner steps; None: none
     action_repeat: int = 1  # inner steps per decision
     params: PyTree = ()  # the default of what may differ between episodes
+    name: str = ""  # `suite/name` where `envs.make` made it, for records and titles

@@ -28,7 +28,7 @@ from rlx.algorithms import ALGORITHMS
 from rlx.checkpoint import Checkpointer
 from rlx.logging import read_metrics
 from rlx.rollout import make_source
-from rlx.training import init_state, make_plan
+from rlx.training import init_state, make_schedule
 
 # The smallest run of each algorithm. Its episodes are longer than an unroll, so a kill falls into the middle of some.
 RUNS = {
@@ -117,7 +117,7 @@ def leaves(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 def restored(folder: Path) -> tuple[Any, ...]:
     """Leaves and step of the newest checkpoint, and of the best policy."""
     run = cli.load_run(str(folder))
-    plan = make_plan(run.env, run.train_config).plan
+    plan = make_schedule(run.env, run.train_config).plan
     learner = run.module.make(run.config, run.env.spec, plan)
     source = make_source(run.env, plan, run.train_config.reset, run.train_config.reset_pool_size)
     state = jax.eval_shape(lambda key: init_state(learner, source, key), jax.random.key(0))

@@ -26,7 +26,7 @@ FAST = {
 def learn(name, world, train_config=TRAIN, **changes):
     module = importlib.import_module(ALGORITHMS[name])
     overrides = changes.pop("env", {})
-    config = dataclasses.replace(module.Config(), **{**FAST[name], **changes})
+    config = dataclasses.replace(module.Config(), **{**FAST.get(name, {}), **changes})
     return config, train(envs.make(world, **overrides), module, train_config, config, progress=Progress(quiet=True))
 
 

@@ -118,11 +118,14 @@ def test_an_ended_episode_bootstraps_only_if_truncated():
 
 
 def test_annealing_reaches_zero_and_the_rate_adapts_to_the_kl():
-    *_, (_, metrics) = one_update(dataclasses.replace(SMALL, anneal_lr=True), CONTINUOUS, iteration=5)
+    *_, (half, metrics) = one_update(dataclasses.replace(SMALL, anneal_lr=True), CONTINUOUS, iteration=5)
     assert float(metrics["learning_rate"]) == pytest.approx(1.5e-4)
-    # the first minibatch's KL is zero, below target_kl / 2
-    *_, (state, _) = one_update(dataclasses.replace(SMALL, adaptive_lr=True), CONTINUOUS)
-    assert float(state.learning_rate) == pytest.approx(4.5e-4)
+    *_, (same, _) = one_update(dataclasses.replace(SMALL, learning_rate=1.5e-4), CONTINUOUS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), half.params, same.params)
+    # the first minibatch's KL is 0 and tells nothing; the second's is far below target_kl / 2
+    small = dataclasses.replace(SMALL, adaptive_lr=True, learning_rate=1e-4, target_kl=1.0, num_epochs=2)
+    *_, (state, _) = one_update(small, CONTINUOUS)
+    assert float(state.learning_rate) == pytest.approx(1.5e-4)
     eager = dataclasses.replace(SMALL, adaptive_lr=True, learning_rate=1e-2, target_kl=1e-6, num_epochs=3)
     *_, (state, _) = one_update(eager, CONTINUOUS)
     assert float(state.learning_rate) == pytest.approx(1e-2 / 1.5**2, rel=1e-4)
@@ -145,6 +148,40 @@ def test_value_clipping_holds_the_critic_back():
     *_, (_, loose) = one_update(free, CONTINUOUS)
     *_, (_, tight) = one_update(dataclasses.replace(free, clip_value=True), CONTINUOUS)
     assert float(tight["value_loss"]) > float(loose["value_loss"])
+
+
+def test_value_clipping_also_works_with_advantages_from_the_current_critic():
+    columns = dataclasses.replace(
+        SMALL, gae_per_minibatch=True, num_epochs=40, learning_rate=1e-2, clip_eps=0.01, max_grad_norm=float("inf")
+    )
+    *_, (loose, _) = one_update(columns, CONTINUOUS)
+    *_, (tight, _) = one_update(dataclasses.replace(columns, clip_value=True), CONTINUOUS)
+    moved = [jnp.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (loose.params, tight.params)), strict=True)]
+    assert max(map(float, moved)) > 1e-2
+
+
+def test_recurrent_values_of_successors_are_the_values_of_the_next_step():
+    """With reward 0, gamma = 1, lambda = 0 and no ending, value targets are V(next_obs[t]), which is V(obs[t + 1])."""
+    config = dataclasses.replace(SMALL, recurrent=True, gamma=1.0, gae_lambda=0.0, normalize_obs=False)
+    algorithm = ppo.make(config, CONTINUOUS, PLAN)
+    learner = algorithm.init(jax.random.key(0))
+    policy = algorithm.policy(learner, "explore")
+    critic = ppo.MLP(config.critic_hidden, 1, config.activation)
+    memory = jax.vmap(algorithm.memory)(jax.random.split(jax.random.key(1), PLAN.num_envs))
+    obs = draw_obs(CONTINUOUS, jax.random.key(2), (PLAN.unroll_length + 1, PLAN.num_envs))
+    steps, values = [], []
+    for t in range(PLAN.unroll_length + 1):
+        memory, _, extras = algorithm.act(policy, memory, obs[t], jax.random.key(t), "explore")
+        inputs = jnp.concatenate([obs[t], memory], axis=-1)  # a GRU's output is its memory
+        values.append(np.asarray(critic.apply(learner.params["critic"], inputs)).squeeze(-1))
+        steps.append(extras)
+    extras = jax.tree.map(lambda *x: jnp.stack(x), *steps[:-1])
+    never = jnp.zeros((PLAN.unroll_length, PLAN.num_envs), bool)
+    zeros = jnp.zeros(never.shape)
+    trajectory = Transition(obs[:-1], jnp.zeros((*never.shape, 2)), zeros, never, never, obs[1:], extras)
+    _, metrics = algorithm.update(learner, trajectory, jnp.asarray(0), jax.random.key(0))
+    expected = 0.5 * np.square(np.stack(values[1:]) - np.stack(values[:-1])).mean()
+    assert float(metrics["value_loss"]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_golden_numbers_of_one_update():
@@ -179,6 +216,8 @@ GOLDEN = {
         ({"activation": "tahn"}, "tanh"),
         ({"num_epochs": 0}, "num_epochs"),
         ({"entropy_coef": -1.0}, "entropy_coef"),
+        ({"actor_hidden": (0,)}, "actor_hidden"),
+        ({"adaptive_lr": True, "learning_rate": 0.05}, "learning_rate"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(change, field):

@@ -17,16 +17,27 @@ import pytest
 from rlx import training
 from rlx.algorithm import Plan
 from rlx.algorithms import ppo
+from rlx.checkpoint import Checkpointer
 from rlx.errors import NonFiniteError, UserError
 from rlx.logging import Progress, read_metrics
+from rlx.recording import describe, open_checkpoints
 from rlx.rollout import make_source
-from rlx.training import Schedule, TrainConfig, TrainState, init_state, make_epoch, make_plan, train
+from rlx.training import Schedule, TrainConfig, TrainState, init_state, make_epoch, make_schedule, train
 from tests.worlds import Counter, constant_algorithm
 
 SMALL = TrainConfig(
     total_steps=4 * 8 * 6, num_envs=4, unroll_length=8, iterations_per_epoch=1, num_evals=2, eval_episodes=4
 )
 CONFIG = ppo.Config(actor_hidden=(8,), critic_hidden=(8,), num_epochs=2, num_minibatches=2)
+
+
+@training.dataclasses.dataclass(frozen=True)
+class NoSettings:
+    pass
+
+
+class Diverging(NamedTuple):
+    weight: jax.Array
 
 
 def quiet(total: int = 1) -> Progress:
@@ -48,12 +59,12 @@ def without_time(rows):
 
 
 def test_steps_are_counted_in_inner_steps_and_rounded_up_to_an_iteration():
-    schedule = make_plan(Counter(5), TrainConfig(total_steps=1000, num_envs=4, unroll_length=8))
+    schedule = make_schedule(Counter(5), TrainConfig(total_steps=1000, num_envs=4, unroll_length=8))
     assert schedule.plan.num_iterations == 32
     assert schedule.plan.steps_per_iteration == 32
     env = Counter(5)
     env.spec = training.dataclasses.replace(env.spec, action_repeat=4)
-    assert make_plan(env, TrainConfig(total_steps=1000, num_envs=4, unroll_length=8)).plan.num_iterations == 8
+    assert make_schedule(env, TrainConfig(total_steps=1000, num_envs=4, unroll_length=8)).plan.num_iterations == 8
 
 
 @pytest.mark.parametrize(
@@ -100,14 +111,29 @@ def test_the_last_epoch_stops_at_the_last_iteration():
 def test_a_state_that_changes_its_dtype_is_refused_by_name():
     class Weak(Counter):
         def reset(self, key, params):
-            return (jnp.asarray(0.0), jax.random.uniform(key)), jnp.zeros(2)
+            return (jnp.zeros(()), jax.random.uniform(key)), jnp.zeros(2)
 
         def step(self, state, action, key):
             _, timestep = super().step(Counter.reset(self, key, ())[0], action, key)
             return (state[0].astype(jnp.int32), state[1]), timestep
 
-    with pytest.raises((UserError, TypeError), match="float32"):
+    with pytest.raises(UserError, match=r"the state of environment Weak .*\[0\]: float32\[\] became int32\[\]"):
         run(env=Weak(5))
+
+
+def test_a_learner_that_changes_its_dtype_is_refused_by_name():
+    def make(config, spec, plan):
+        def update(learner, trajectory, iteration, key):
+            return Diverging(learner.weight.astype(jnp.int32)), {}
+
+        init = lambda key, policy=None: Diverging(jnp.zeros(()))  # noqa: E731
+        base = constant_algorithm(plan)
+        act = lambda policy, *rest: base.act(base.init(None), *rest)  # noqa: E731
+        return base._replace(init=init, act=act, update=update)
+
+    module = types.SimpleNamespace(Config=NoSettings, make=make, __name__="changing")
+    with pytest.raises(UserError, match=r"learner.weight: float32\[\] became int32\[\]"):
+        train(Counter(5), module, SMALL, progress=quiet())
 
 
 def test_same_seed_same_run_other_seed_other_run():
@@ -165,6 +191,28 @@ def test_a_resumed_run_must_have_the_settings_it_was_begun_with(tmp_path):
         run(tmp_path / "run", training.dataclasses.replace(SMALL, seed=7), resume=True)
 
 
+def test_a_resumed_run_must_be_of_the_same_environment(tmp_path):
+    run(tmp_path / "run")
+    with pytest.raises(UserError, match="env = 'Other'"):
+        run(tmp_path / "run", env=type("Other", (Counter,), {})(5), resume=True)
+    with pytest.raises(UserError, match="run_dir"):
+        run(resume=True)
+
+
+def test_a_run_without_a_return_to_draw_ends_all_the_same(tmp_path):
+    config = training.dataclasses.replace(SMALL, num_evals=0)
+    result = run(tmp_path / "run", config, env=Counter(1000))
+    assert not result.interrupted and not (tmp_path / "run/curve.png").exists()
+    assert Checkpointer(tmp_path / "run/checkpoints").steps()[-1] == 192
+
+
+def test_an_environment_without_a_time_limit_needs_a_cut_for_evaluations():
+    env = Counter(5)
+    env.spec = training.dataclasses.replace(env.spec, episode_length=None)
+    with pytest.raises(UserError, match="eval_decisions"):
+        run(env=env)
+
+
 def test_a_directory_with_a_run_is_not_overwritten_unasked(tmp_path):
     run(tmp_path / "run")
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
@@ -203,13 +251,13 @@ def test_steps_pass_two_to_the_31(tmp_path):
     per_iteration = 32
     start = 2**31 // per_iteration - 2
     config = training.dataclasses.replace(SMALL, total_steps=2**31 + 2 * per_iteration, num_evals=0)
-    env, schedule = Counter(5), make_plan(Counter(5), config)
+    env, schedule = Counter(5), make_schedule(Counter(5), config)
     algorithm = ppo.make(CONFIG, env.spec, schedule.plan)
     source = make_source(env, schedule.plan, config.reset, config.reset_pool_size)
     state = init_state(algorithm, source, jax.random.key(0))._replace(iteration=jnp.asarray(start, jnp.int32))
-    description = training.describe(ppo, env, CONFIG, config, schedule)
+    description = describe(ppo, env, config, CONFIG, schedule.plan._asdict())
     directory = training.RunDirectory.create(tmp_path / "run", description)
-    keeper = training.Checkpointer(directory.checkpoints_path)
+    keeper = open_checkpoints(directory, 2)
     keeper.save(start * per_iteration, state)
     keeper.close()
     config = training.dataclasses.replace(config, iterations_per_epoch=1)
@@ -223,15 +271,7 @@ def test_a_nan_in_the_environment_stops_the_run_and_names_it(tmp_path):
     assert not (tmp_path / "run/checkpoints").exists() or not list((tmp_path / "run/checkpoints").glob("[0-9]*"))
 
 
-class Diverging(NamedTuple):
-    weight: jax.Array
-
-
 def test_a_nan_in_the_losses_names_the_leaf_and_keeps_the_last_good_checkpoint(tmp_path):
-    @training.dataclasses.dataclass(frozen=True)
-    class Config:
-        pass
-
     def make(config, spec, plan):
         def update(learner, trajectory, iteration, key):
             weight = jnp.where(iteration >= 3, jnp.nan, learner.weight)
@@ -242,16 +282,18 @@ def test_a_nan_in_the_losses_names_the_leaf_and_keeps_the_last_good_checkpoint(t
         init = lambda key, policy=None: Diverging(jnp.zeros(()))  # noqa: E731
         return base._replace(init=init, act=act, update=update)
 
-    module = types.SimpleNamespace(Config=Config, make=make, __name__="diverging")
+    module = types.SimpleNamespace(Config=NoSettings, make=make, __name__="diverging")
     with pytest.raises(NonFiniteError, match=r"loss is nan.*weight"):
         train(Counter(5), module, SMALL, run_dir=tmp_path / "run", progress=quiet())
-    assert training.Checkpointer(tmp_path / "run/checkpoints").steps() == [64, 96]
+    assert Checkpointer(tmp_path / "run/checkpoints").steps() == [64, 96]
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("total_steps", 0),
+        ("total_steps", 1e6),
+        ("num_checkpoints", 0),
         ("num_envs", 0),
         ("unroll_length", -1),
         ("num_evals", -1),

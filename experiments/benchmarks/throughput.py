@@ -108,7 +108,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 def show(result: dict) -> str:
     speed = result["steps_per_second"]
-    line = f"{result['env']} {result['overrides'] or ''} at {result['num_envs']} environments, {result['reset']} resets, on {result['device']}"
+    where = f"{result['num_envs']} environments, {result['reset']} resets, on {result['device']}"
+    line = f"{result['env']} {result['overrides'] or ''}: {where}"
     rows = [
         f"  {name:12s} {speed[name]['median']:>12,.0f} steps/s (min {speed[name]['min']:,.0f}, "
         f"max {speed[name]['max']:,.0f})  tracing {result[name]['tracing_s']:.1f} s, "

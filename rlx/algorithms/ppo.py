@@ -13,7 +13,6 @@ front of both and trains on whole segments from the memory that acting had store
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import chex
@@ -28,7 +27,7 @@ from rlx.errors import require
 from rlx.minibatches import check_minibatches, scan_minibatches
 from rlx.networks import GRU, MLP, activation, select
 from rlx.returns import gae
-from rlx.types import Discrete, PyTree, Spec, Transition
+from rlx.types import Box, Discrete, PyTree, Spec, Transition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +61,9 @@ class Config:
     min_std: float = 1e-3  # floor of the standard deviation
     actor_obs_key: str = "state"  # entry of a dict observation that the actor reads
     critic_obs_key: str = "state"  # entry of a dict observation that the critic reads
+
+
+RATES = (1e-5, 1e-2)  # what adaptive_lr keeps the learning rate between
 
 
 class Extras(NamedTuple):
@@ -108,16 +110,32 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
     kinds = ("normal", "tanh_normal")
     require(config.distribution in kinds, "algo.distribution", config.distribution, f"one of {', '.join(kinds)}")
     for obs_key in (config.actor_obs_key, config.critic_obs_key):
-        select(spec.obs, obs_key)
+        shape = select(spec.obs, obs_key).shape
+        require(len(shape) == 1, "env", f"observations of shape {shape}", "ppo reads vectors")
+    if isinstance(spec.action, Box):
+        shape = spec.action.shape
+        require(len(shape) == 1, "env", f"actions of shape {shape}", "ppo gives vectors")
+    for name in ("actor_hidden", "critic_hidden"):
+        widths = getattr(config, name)
+        require(all(width >= 1 for width in widths), f"algo.{name}", widths, "widths of at least 1")
+    if config.adaptive_lr:
+        low, high = RATES
+        rate = config.learning_rate
+        require(low <= rate <= high, "algo.learning_rate", rate, f"adaptive_lr keeps it between {low} and {high}")
     activation(config.activation)
     segments = config.recurrent or config.gae_per_minibatch
     check_minibatches(plan.num_envs, plan.unroll_length, config.num_minibatches, segments)
 
 
+def inverse_softplus(x: float | jax.Array) -> jax.Array:
+    """log(exp(x) - 1) without its overflow."""
+    return x + jnp.log(-jnp.expm1(-x))
+
+
 def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
     """PPO for `spec`; see `rlx.algorithm.Algorithm` for the functions it returns."""
     discrete = isinstance(spec.action, Discrete)
-    action_size = spec.action.num_values if isinstance(spec.action, Discrete) else math.prod(spec.action.shape)
+    action_size = spec.action.num_values if isinstance(spec.action, Discrete) else spec.action.shape[0]
     outputs = 2 * action_size if config.state_dependent_std and not discrete else action_size
     encoder = GRU(config.memory_size)
     actor = MLP(config.actor_hidden, outputs, config.activation, output_scale=0.01)
@@ -126,7 +144,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
     segments = config.recurrent or config.gae_per_minibatch
 
     def memory(key: Key) -> PyTree:
-        return jnp.zeros(config.memory_size, jnp.float32) if config.recurrent else ()
+        return encoder.initial_memory() if config.recurrent else ()
 
     def encode(params: PyTree, memory: PyTree, obs: PyTree) -> tuple[PyTree, PyTree]:
         """One step of memory; what the networks read: (memory, features), both [..., H], or () without memory."""
@@ -162,7 +180,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         _, features = encode(params, start, obs)
         params["actor"] = {
             "network": actor.init(actor_key, inputs(obs, config.actor_obs_key, features)),
-            "raw_std": jnp.full(action_size, jnp.log(jnp.expm1(config.init_std)), jnp.float32),
+            "raw_std": jnp.full(action_size, inverse_softplus(config.init_std), jnp.float32),
         }
         params["critic"] = critic.init(critic_key, inputs(obs, config.critic_obs_key, features))
         statistics = normalize.init(spec.obs)
@@ -216,7 +234,8 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
 
     def loss(params: PyTree, batch: Batch, key: Key) -> tuple[jax.Array, dict[str, jax.Array]]:
         if config.gae_per_minibatch:
-            batch = jax.lax.stop_gradient(estimate(params, batch.transition))
+            current = jax.lax.stop_gradient(estimate(params, batch.transition))
+            batch = current._replace(values=batch.values)
         transition, advantages = batch.transition, batch.advantages
         if config.normalize_advantage:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -248,8 +267,9 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         if not config.adaptive_lr:
             return learning_rate
         lower = jnp.where(kl > 2 * config.target_kl, learning_rate / 1.5, learning_rate)
-        rate = jnp.where(kl < config.target_kl / 2, learning_rate * 1.5, lower)
-        return jnp.clip(rate, 1e-5, 1e-2)
+        # The first minibatch's KL is 0 whatever the rate: it tells nothing.
+        rate = jnp.where((kl > 0) & (kl < config.target_kl / 2), learning_rate * 1.5, lower)
+        return jnp.clip(rate, *RATES)
 
     def update(state: PPOState, trajectory: Transition, iteration: jax.Array, key: Key):
         chex.assert_shape(trajectory.reward, (plan.unroll_length, plan.num_envs))
