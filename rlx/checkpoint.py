@@ -4,18 +4,14 @@ A checkpoint is a flat dictionary {path of the leaf: numpy array}, not the pytre
 NamedTuples, dataclasses, typed keys or empty containers, the leaves of two trees compare by name, and the restored
 tree takes its structure from the caller. Leaves without elements, which orbax refuses, live in the manifest alone.
 
-On disk: `<directory>/<step>/` is an orbax checkpoint with `manifest.json` inside. It is written as `<step>.new`, its
-manifest last (sha256 of every file, since orbax loads a damaged file silently), then renamed, and only then are older
-ones removed. So a process killed at any moment leaves every whole checkpoint that was there before.
+How they lie on disk: `rlx/checkpoint_store.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -27,23 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlx.checkpoint_store import FORMAT, Damaged, Store, orbax, verify
 from rlx.errors import UserError, require
-from rlx.logging import versions, write_atomically
+from rlx.logging import versions
 from rlx.types import PyTree
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 SPACE_MARGIN = 2**20  # bytes beside the arrays themselves: orbax's indices and the manifest
-
-
-class Damaged(Exception):
-    """Why a checkpoint is not whole."""
-
-
-def _orbax() -> Any:
-    from orbax.checkpoint import v1  # imported when used: it takes a fifth of a second
-
-    return v1
 
 
 def _is_key(leaf: Any) -> bool:
@@ -80,52 +65,6 @@ def first_nonfinite(tree: PyTree) -> str | None:
     return None if finite.all() else list(leaves)[int(np.argmin(finite))]
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
-        with open(path, "rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest alone. Raises Damaged, and UserError for another format."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        digest = manifest.pop("sha256")
-    except FileNotFoundError as error:
-        raise Damaged("it has no manifest, so it was never completed") from error
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Damaged("its manifest cannot be read") from error
-    if digest != _digest(manifest):
-        raise Damaged("its manifest is damaged (checksum)")
-    if manifest["format"] != FORMAT:
-        newer = manifest["format"] > FORMAT
-        age, cure = ("newer", "update rlx") if newer else ("older", "use the version that wrote it")
-        known = f"this version of rlx reads format {FORMAT}"
-        raise UserError(f"checkpoint {folder} has the {age} format {manifest['format']}; {known}: {cure}.")
-    return manifest
-
-
-def _verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file was compared with it. Raises Damaged and UserError."""
-    manifest = _read_manifest(folder)
-    try:
-        found = _hashes(folder)
-    except OSError as error:  # unreadable, or removed meanwhile by the process that writes
-        raise Damaged(f"its files cannot be read: {error}") from error
-    for name, digest in manifest["files"].items():
-        if name not in found:
-            raise Damaged(f"its file {name} is missing")
-        if found[name] != digest:
-            raise Damaged(f"its file {name} is damaged (checksum)")
-    return manifest
-
-
 def _compare(folder: Path, manifest: Mapping[str, Any], abstract: PyTree, metadata: Mapping[str, Any]) -> None:
     """Raises UserError, with the first difference, if the checkpoint is not of this tree or these `metadata`."""
     stored = manifest["metadata"]
@@ -145,7 +84,7 @@ def _compare(folder: Path, manifest: Mapping[str, Any], abstract: PyTree, metada
 
 
 def _load(folder: Path, manifest: Mapping[str, Any], abstract: PyTree) -> PyTree:
-    values = _orbax().load(folder)["leaves"]
+    values = orbax().load(folder)["leaves"]
     impls = {path: impl for path, _, impl in manifest["leaves"]}
 
     def leaf(path: str, like: Any) -> jax.Array:
@@ -159,79 +98,6 @@ def _load(folder: Path, manifest: Mapping[str, Any], abstract: PyTree) -> PyTree
         return value if sharding is None else jax.device_put(value, sharding)
 
     return jax.tree_util.tree_map_with_path(lambda path, like: leaf(jax.tree_util.keystr(path), like), abstract)
-
-
-class _Store:
-    """One folder of checkpoints, a sub-folder a step."""
-
-    def __init__(self, directory: Path, keep: int):
-        self.directory = directory
-        self.keep = keep
-        self.damaged: set[int] = set()  # found so by a restore; they do not count as kept
-        self._clean = False
-
-    def folders(self) -> dict[int, Path]:
-        """Committed checkpoints by step, ascending; `.new` with a manifest lacks only its last renaming."""
-        found: dict[int, Path] = {}
-        for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            match = re.fullmatch(r"(\d+)(\.new)?", path.name)
-            if match and (not match[2] or (path / MANIFEST).exists()):
-                found[int(match[1])] = path if not match[2] else found.get(int(match[1]), path)
-        return dict(sorted(found.items()))
-
-    def manifests(self) -> dict[int, dict[str, Any]]:
-        """Manifests of the checkpoints that are whole as far as names and manifests tell."""
-        found = {}
-        for step, folder in self.folders().items():
-            try:
-                found[step] = _read_manifest(folder)
-            except Damaged:
-                continue
-        return found
-
-    def write(self, step: int, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> None:
-        """Writes one checkpoint, then removes the ones no longer kept."""
-        if not self._clean:
-            self._remove_leftovers()
-        final, new = self.directory / str(step), self.directory / f"{step}.new"
-        try:
-            shutil.rmtree(new, ignore_errors=True)
-            _orbax().save(new, {"step": np.array(step), "leaves": arrays})
-            manifest["files"] = _hashes(new)
-            write_atomically(new / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}))
-        except BaseException:
-            self._remove_leftovers()
-            raise
-        self._remove(final)
-        new.rename(final)
-        self.damaged.discard(step)
-        self._retain(step)
-
-    def _retain(self, step: int) -> None:
-        # Steps behind the one just written belong to a future that a restore of an earlier step gave up.
-        whole = [s for s in self.manifests() if s <= step and s not in self.damaged]
-        for other in self.folders():
-            if other > step or other in self.damaged or (other in whole and other not in whole[-self.keep :]):
-                self._remove(self.directory / str(other))
-        self.damaged.clear()
-
-    def _remove(self, folder: Path) -> None:
-        if folder.exists():
-            old = folder.with_name(f"{folder.name}.old")  # renamed first: a folder half removed must not look whole
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            shutil.rmtree(old)
-
-    def _remove_leftovers(self) -> None:
-        """What a killed process left. Only a writer does this: a reader may look while another process writes."""
-        for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            if re.fullmatch(r"\d+\.new", path.name) and (path / MANIFEST).exists():
-                final = path.with_suffix("")
-                if not final.exists():
-                    path.rename(final)
-            if re.match(r"\d+\.", path.name):
-                shutil.rmtree(path, ignore_errors=True)
-        self._clean = True
 
 
 def _warn(text: str) -> None:
@@ -258,8 +124,8 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         self._metadata = json.loads(json.dumps(dict(metadata)))  # as a manifest gives it back
         self._warn = warn
-        self._runs = _Store(self.directory, keep)
-        self._best = _Store(self.directory / "best", 1)
+        self._runs = Store(self.directory, keep)
+        self._best = Store(self.directory / "best", 1)
         self._pending: dict[str, Future[None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -279,7 +145,7 @@ class Checkpointer:
         self._submit(self._best, step, policy, {"value": float(value)})
         return True
 
-    def _submit(self, store: _Store, step: int, tree: PyTree, extra: dict[str, Any]) -> None:
+    def _submit(self, store: Store, step: int, tree: PyTree, extra: dict[str, Any]) -> None:
         name = store.directory.name
         self._finish(name)
         leaves = {path: jnp.asarray(leaf) for path, leaf in _named_leaves(tree).items()}
@@ -344,14 +210,14 @@ class Checkpointer:
         order = sorted(manifests, key=lambda step: -manifests[step]["value"])
         return self._restore(self._best, order, abstract_policy, expect)
 
-    def _restore(self, store: _Store, order: list[int], abstract: PyTree, expect: Iterable[str]) -> tuple[PyTree, int]:
+    def _restore(self, store: Store, order: list[int], abstract: PyTree, expect: Iterable[str]) -> tuple[PyTree, int]:
         metadata = {name: self._metadata[name] for name in expect if name in self._metadata}
         reasons = []
         folders = store.folders()
         for step in order:
             folder = folders[step]
             try:
-                manifest = _verify(folder)
+                manifest = verify(folder)
             except Damaged as error:
                 store.damaged.add(step)
                 reasons.append(f"{folder.name}: {error}")

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlx import checkpoint
+from rlx import checkpoint_store
 from rlx.checkpoint import Checkpointer, first_nonfinite
 from rlx.errors import UserError
 
@@ -161,13 +161,13 @@ def test_two_are_kept_and_the_newest_is_restored(make, tmp_path):
 def test_older_ones_stay_until_the_new_manifest_is_written(make, monkeypatch):
     checkpointer = saved(make, 10, 20)
     seen = []
-    original = checkpoint.write_atomically
+    original = checkpoint_store.write_atomically
 
     def spy(path, content):
         seen.append(checkpointer.steps())
         original(path, content)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", spy)
+    monkeypatch.setattr(checkpoint_store, "write_atomically", spy)
     checkpointer.save(30, small(30))
     checkpointer.wait()
     assert seen == [[10, 20]]
@@ -278,7 +278,7 @@ def test_another_format_is_refused_with_a_message(make, tmp_path, version, word)
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     manifest["format"] = version
-    path.write_text(json.dumps({**manifest, "sha256": checkpoint._digest(manifest)}))
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint_store._digest(manifest)}))
     with pytest.raises(UserError, match=f"{word} format {version}; this version of rlx reads format 1"):
         make().restore(abstract(small(0)))
 
@@ -299,7 +299,7 @@ def test_a_failure_in_the_background_surfaces_later_and_older_ones_stay(make, mo
     def fails(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_atomically", fails)
+    monkeypatch.setattr(checkpoint_store, "write_atomically", fails)
     checkpointer.save(30, small(30))
     call = {"wait": checkpointer.wait, "close": checkpointer.close, "save": lambda: checkpointer.save(40, small(40))}
     with pytest.raises(UserError, match="could not be written.*No space left"):

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = {"rlx.errors", "rlx.types"}
 CONTRACT = BASE | {"rlx.environment", "rlx.algorithm"}
 SHARED = {"returns", "replay", "normalize", "distributions", "networks", "statistics", "minibatches"}
-DRIVER = {"training", "rollout", "evaluation", "checkpoint", "data", "sharding", "logging", "plotting"}
+DRIVER = {"training", "rollout", "evaluation", "checkpoint", "checkpoint_store", "compilation", "data", "logging"}
+DRIVER |= {"plotting", "recording", "sharding"}
 
 
 def modules(folder):
