@@ -27,7 +27,7 @@ MAX_STEPS_PER_EPOCH = 2**19  # seconds on a CPU: a signal is answered at an epoc
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    total_steps: int = 1_000_000  # inner environment steps; rounded up to whole iterations
+    total_steps: int = 1_000_000  # budget of inner environment steps; rounded down to whole iterations, at least one
     num_envs: int = 256  # parallel environments
     unroll_length: int = 32  # decisions an environment takes in one iteration
     seed: int = 0  # decides everything that is random
@@ -154,7 +154,7 @@ def make_schedule(env: Environment, config: TrainConfig) -> Schedule:
     require(0 <= config.seed < 2**32, "seed", config.seed, "an integer from 0 to 2^32 - 1")
     require(config.reset in ("pool", "always"), "reset", config.reset, "pool or always")
     plan = Plan(config.num_envs, config.unroll_length, 0, env.spec.action_repeat)
-    num_iterations = -(-config.total_steps // plan.steps_per_iteration)
+    num_iterations = max(1, config.total_steps // plan.steps_per_iteration)
     largest = max(1, MAX_STEPS_PER_EPOCH // plan.steps_per_iteration)
     per_epoch = config.iterations_per_epoch or min(max(1, num_iterations // 50), largest)
     return Schedule(plan._replace(num_iterations=num_iterations), min(per_epoch, num_iterations))

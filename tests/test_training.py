@@ -58,13 +58,13 @@ def without_time(rows):
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
-def test_steps_are_counted_in_inner_steps_and_rounded_up_to_an_iteration():
+def test_steps_are_counted_in_inner_steps_and_never_exceed_the_budget():
     schedule = make_schedule(Counter(5), TrainConfig(total_steps=1000, num_envs=4, unroll_length=8))
-    assert schedule.plan.num_iterations == 32
+    assert schedule.plan.num_iterations == 31
     assert schedule.plan.steps_per_iteration == 32
     env = Counter(5)
     env.spec = training.dataclasses.replace(env.spec, action_repeat=4)
-    assert make_schedule(env, TrainConfig(total_steps=1000, num_envs=4, unroll_length=8)).plan.num_iterations == 8
+    assert make_schedule(env, TrainConfig(total_steps=1000, num_envs=4, unroll_length=8)).plan.num_iterations == 7
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,9 @@ def main() -> None:
     print("| task | steps | mean return of 3 seeds (each) | asked for |\n|---|---|---|---|")
     for env, target in TASKS.items():
         if env in results:
-            each = ", ".join(f"{value:.1f}" for value in results[env]["returns"])
+            each = ", ".join(f"{value:.4g}" for value in results[env]["returns"])
             mean = np.mean(results[env]["returns"])
-            print(f"| `{env}` | {results[env]['steps']:,} | {mean:.1f} ({each}) | {target} |")
+            print(f"| `{env}` | {results[env]['steps']:,} | {mean:.4g} ({each}) | {target} |")
 
 
 if __name__ == "__main__":
