@@ -134,6 +134,20 @@ def test_the_ratio_of_the_first_minibatch_is_one(name, world):
         assert float(metrics.train["first_ratio_deviation"]) < 2e-6
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_key_is_consumed_twice(name):
+    """jax's own checker over init, act (through collect) and update."""
+    env, module = WORLDS["continuous"], module_of(name)
+    algorithm = module.make(module.Config(), env.spec, PLAN)
+    source = make_source(env, PLAN)
+    with jax.debug_key_reuse(True):
+        learner = jax.jit(lambda key: algorithm.init(key))(jax.random.key(0))
+        state = jax.jit(lambda key: source.init(algorithm, key))(jax.random.key(1))
+        policy = algorithm.policy(learner, "explore")
+        _, trajectory, _ = jax.jit(lambda s, k: source.collect(algorithm, policy, s, k))(state, jax.random.key(2))
+        jax.jit(algorithm.update)(learner, trajectory, jnp.asarray(0), jax.random.key(3))
+
+
 @every
 def test_seeds_and_float_settings_can_be_mapped_over(name, world):
     """`make` runs inside vmap: learning rates times seeds are one program, equal to each run alone."""

@@ -129,3 +129,14 @@ def test_where_done_broadcasts_over_trailing_axes_and_keys():
     x = where_done(done, (jnp.ones((2, 3)), keys[::-1]), (jnp.zeros((2, 3)), keys))
     np.testing.assert_array_equal(x[0], [[1, 1, 1], [0, 0, 0]])
     np.testing.assert_array_equal(jax.random.key_data(x[1]), jax.random.key_data(keys[jnp.array([1, 1])]))
+
+
+def test_no_key_is_consumed_twice_anywhere_in_a_collect():
+    """jax's own checker, which also follows keys through splits and scans."""
+    plan = Plan(num_envs=3, unroll_length=5, num_iterations=1)
+    algorithm = constant_algorithm(plan)
+    source = make_source(Counter(2), plan)
+    policy = algorithm.init(jax.random.key(9))
+    with jax.debug_key_reuse(True):
+        state = jax.jit(lambda key: source.init(algorithm, key))(jax.random.key(0))
+        jax.jit(lambda state, key: source.collect(algorithm, policy, state, key))(state, jax.random.key(1))
