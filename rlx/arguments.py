@@ -18,7 +18,9 @@ class Options:
     physics: str = "auto"  # engine, for suites that have a choice: auto, mjx, warp, mujoco
     config: str = ""  # JSON or TOML file of settings, keys as here; the command line stands above it
     run_dir: str = ""  # where the run goes; empty: a new folder of runs/
-    from_run: Annotated[str, tyro.conf.arg(name="from")] = ""  # run directory whose policy to start from
+    from_run: Annotated[str, tyro.conf.arg(name="from")] = (
+        ""  # run whose policy to start from (actor and observation statistics; the critic starts anew)
+    )
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False  # replace the run that --run-dir holds
     wandb: str = ""  # W&B project to log to as well; empty: none
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False  # print nothing but errors and the result

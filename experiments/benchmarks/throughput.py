@@ -102,8 +102,16 @@ def measure(args: argparse.Namespace) -> dict:
         "peak_memory_mib": peak_memory_mib(),
         "device": f"{device.platform} {device.device_kind}, {platform.machine()}, {usable_cores()} cores",
         "versions": versions(),
-        "command": " ".join(["python", "experiments/benchmarks/throughput.py", *sys.argv[1:]]),
+        "command": command_of(args),
     }
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """What measures this again, without the place of the result."""
+    words = ["python experiments/benchmarks/throughput.py", args.env, f"--num-envs {args.num_envs}"]
+    words += [f"--reset {args.reset} --unroll-length {args.unroll_length} --num-minibatches {args.num_minibatches}"]
+    words += [f"--iterations {args.iterations} --repeats {args.repeats}", *[f"--set {pair}" for pair in args.set]]
+    return " ".join(words)
 
 
 def show(result: dict) -> str:
