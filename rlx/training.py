@@ -232,7 +232,7 @@ def train(
         init_policy: another run's policy to start from.
         on_epoch: called with each row of metrics; a true answer ends the run after a save.
         progress: where phases and progress are shown; None: a display of its own on stderr.
-        writers: more places for the rows of metrics.
+        writers: more places for the rows of metrics; the caller closes them.
 
     Raises:
         UserError: settings that cannot work, before anything compiles; a run directory in use; a disk that is full.
