@@ -51,9 +51,8 @@ class StopSignal:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        if (
-            not self._quiet
-        ):  # not through the stream: it may be in the middle of a line, and refuses to be entered twice
+        if not self._quiet:
+            # Not through the stream: it may be in the middle of a line, and refuses to be entered twice.
             text = f"{signal.Signals(number).name}: saving at the end of this epoch, then stopping\n"
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())

@@ -12,7 +12,7 @@ import pytest
 
 import envs
 from rlx import normalize
-from rlx.algorithms import ALGORITHMS, ppo
+from rlx.algorithms import ALGORITHMS
 from rlx.logging import Progress
 from rlx.networks import MLP
 from rlx.training import TrainConfig, train
@@ -37,8 +37,8 @@ def values(config, run, obs):
     return np.asarray(critic.apply(run.state.learner.params["critic"], obs)).squeeze(-1)
 
 
-def observations(run, world):
-    """Every observation that a rollout meets, [n, d], and the steps they were met at."""
+def observations(world):
+    """The observations [n, d] of one episode, in their order, the final one left out."""
     env = envs.make(world)
     state, obs = env.reset(jax.random.key(0), env.spec.params)
     seen = [obs]
@@ -50,7 +50,7 @@ def observations(run, world):
 
 def test_ppo_values_a_constant_reward():
     config, run = learn("ppo", "probe/constant_reward")
-    np.testing.assert_allclose(values(config, run, observations(run, "probe/constant_reward")), [1.0], atol=0.05)
+    np.testing.assert_allclose(values(config, run, observations("probe/constant_reward")), [1.0], atol=0.05)
 
 
 def test_ppo_values_a_reward_that_the_observation_tells():
@@ -66,13 +66,13 @@ def test_ppo_values_a_delayed_reward_by_the_discount():
 def test_ppo_bootstraps_at_time_limits():
     """A reward of 1 for ever, cut every 10 steps: 1 / (1 - gamma) everywhere."""
     config, run = learn("ppo", "probe/truncate_only")
-    seen = observations(run, "probe/truncate_only")
+    seen = observations("probe/truncate_only")
     np.testing.assert_allclose(values(config, run, seen), np.full(len(seen), 10.0), rtol=0.05)
 
 
 def test_ppo_does_not_bootstrap_at_terminations():
     config, run = learn("ppo", "probe/terminate_only")
-    seen = observations(run, "probe/terminate_only")
+    seen = observations("probe/terminate_only")
     left = len(seen) - np.arange(len(seen))
     np.testing.assert_allclose(values(config, run, seen), (1 - 0.9**left) / (1 - 0.9), rtol=0.1)
 
@@ -98,4 +98,3 @@ def test_memory_solves_what_a_feedforward_policy_cannot():
     _, run = learn("ppo", "probe/memory", longer, recurrent=True)
     assert abs(blind.history[-1]["eval/return"]) < 0.3
     assert run.history[-1]["eval/return"] > 0.95
-    assert isinstance(run.state.learner, ppo.PPOState)
