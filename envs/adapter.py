@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from envs.wrappers import ActionRepeat, TimeLimit
-from rlx.environment import Environment
+from rlx.environment import Environment, random_action
 from rlx.errors import UserError, require, unknown
+from rlx.types import PyTree, TimeStep
 
 COMMON = ("action_repeat", "episode_length")
 
@@ -88,6 +90,38 @@ def limit_and_repeat(env: Any, options: Options) -> Environment:
     if options.episode_length is not None:
         env = TimeLimit(env, options.episode_length)
     return ActionRepeat(env, options.action_repeat) if options.action_repeat > 1 else env
+
+
+def bind_fields(env: Any, engine: Any) -> Any:
+    """`env`, after its native `engine` was told to compute the derived fields that `reset` and `step` read."""
+    if engine.name != "mujoco":
+        return env
+    from envs.physics.native import UnboundField
+
+    def trace() -> None:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        state, _ = jax.eval_shape(env.reset, key, env.spec.params)
+        jax.eval_shape(env.step, state, jax.eval_shape(lambda key: random_action(env.spec, key), key), key)
+
+    while True:
+        try:
+            trace()
+            return env
+        except UnboundField as error:
+            engine.bind(error.field)
+
+
+def end_diverged(timestep: TimeStep, diverged: jax.Array, obs: PyTree) -> TimeStep:
+    """`timestep`, or where the simulation failed: a truncation at `obs`, the observation before, with reward 0."""
+
+    def unless(value, otherwise):
+        return jax.tree.map(lambda x, y: jnp.where(diverged, y, x), value, otherwise)
+
+    obs = unless(timestep.obs, obs)
+    info = {name: jnp.where(diverged, 0.0, value) for name, value in timestep.info.items()}
+    info["diverged"] = diverged.astype(jnp.float32)
+    reward = jnp.where(diverged, 0.0, timestep.reward)
+    return TimeStep(obs, reward, timestep.terminated & ~diverged, timestep.truncated | diverged, obs, info)
 
 
 def with_key(state: Any, key: jax.Array) -> Any:

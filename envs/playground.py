@@ -1,9 +1,16 @@
 """MuJoCo Playground's tasks. Its training wrappers, which discard the last observation, are not used.
 
+Physics: `mjx`, `warp` or `mujoco` (`envs.physics`). Tasks call three functions of Playground's and MJX's modules; for the
+native engine those are replaced while `reset` and `step` below are traced, and only for data that is native.
+
 Overrides: the fields of the task's own config, nested ones joined by dots
 (`{"reward_config.scales.tracking_lin_vel": 2.0}`); `episode_length` and `action_repeat` default to the config's.
 Actions pass through: the control range of every dm_control task is [-1, 1] (the tests look), and the robot tasks scale
-by themselves, as Playground's published training assumes.
+by themselves, as Playground's published training assumes. `physics_threads`: of the native engine, 0 for all cores.
+
+`params` are overrides of the model, {"body_mass": [nbody], "opt.gravity": [3], ...}, unbatched (`physics.with_overrides`).
+A simulation that diverges ends its episode as `truncated`, with the last observation before, reward 0 and
+`info["diverged"]` 1; the environment is then reset like any other.
 
 Locomotion and manipulation need robot models out of mujoco_menagerie, which Playground would clone at first use. Here
 nothing is fetched: give a local copy as override `menagerie_path`, in RLX_MENAGERIE_PATH, or where Playground keeps its
@@ -15,14 +22,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from envs.adapter import building, check_physics, foreign, limit_and_repeat, read_options, with_key
+from envs import physics as engines
+from envs.adapter import bind_fields, building, end_diverged, foreign, limit_and_repeat, read_options, with_key
 from envs.names import LOCOMOTION, MANIPULATION
 from envs.wrappers import FixedPoint
 from rlx.environment import Environment
@@ -32,36 +41,89 @@ from rlx.types import Box, PyTree, Spec, TimeStep
 if TYPE_CHECKING:
     from mujoco_playground import MjxEnv, State
 
-# Playground's default is Warp, by far the slowest on a CPU: the engine is always passed. (AeroCubeRotateZAxis alone has
-# no such field, and takes what mjx chooses for the device.)
-ENGINES = {"auto": "jax", "mjx": "jax"}
 MENAGERIE_URL = "https://github.com/google-deepmind/mujoco_menagerie"
 MENAGERIE_COMMIT = "1b86ece576591213e2b666ebf59508454200ca97"  # the one that Playground 0.2.0 is made for
 OWN_FIELDS = ("action_repeat", "episode_length", "impl")
 
 
-class Playground:
-    """One task. The state is Playground's own; `info` holds its metrics, () float32 each."""
+_patching = threading.RLock()
 
-    def __init__(self, env: MjxEnv):
-        self.env = env
-        self.spec = Spec(obs=None, action=Box((env.action_size,)))
+
+@contextlib.contextmanager
+def simulated_by(env: MjxEnv, engine: engines.Engine, overrides: Mapping[str, jax.Array]) -> Iterator[None]:
+    """While Playground's code is traced: its model has `overrides`, and native data goes to the native engine."""
+    from mujoco import mjx
+    from mujoco_playground._src import mjx_env
+
+    originals = mjx_env.make_data, mjx_env.step, mjx.forward
+
+    def make_data(model, qpos=None, qvel=None, ctrl=None, act=None, mocap_pos=None, mocap_quat=None, **options):
+        values = {"qpos": qpos, "qvel": qvel, "ctrl": ctrl, "act": act, "mocap_pos": mocap_pos, "mocap_quat": mocap_quat}
+        if model is not env.mj_model:
+            return originals[0](model, **values, **options)
+        values = {name: value for name, value in values.items() if value is not None}
+        shaped = {k: v.reshape(model.nmocap, -1) if k.startswith("mocap") else v for k, v in values.items()}
+        return engine.make_data(**shaped)
+
+    def step(model, data, action, n_substeps=1):
+        function = engine.step if is_native(data) else originals[1]
+        return function(model, data, action, n_substeps)
+
+    def forward(model, data):
+        return (engine.forward if is_native(data) else originals[2])(model, data)
+
+    with _patching, foreign():
+        nominal = env._mjx_model
+        env._mjx_model = engines.with_overrides(nominal, overrides)
+        if engine.name == "mujoco":
+            mjx_env.make_data, mjx_env.step, mjx.forward = make_data, step, forward
+        try:
+            yield
+        finally:
+            mjx_env.make_data, mjx_env.step, mjx.forward = originals
+            env._mjx_model = nominal
+
+
+def is_native(data: Any) -> bool:
+    from envs.physics.native import NativeData
+
+    return isinstance(data._impl, NativeData)
+
+
+class PlaygroundState(NamedTuple):
+    task: State
+    overrides: Mapping[str, jax.Array]  # of the model, as `reset` got them
+
+
+class Playground:
+    """One task. `info` holds its metrics, () float32 each, and `diverged`."""
+
+    def __init__(self, env: MjxEnv, engine: engines.Engine):
+        self.env, self.engine = env, engine
+        self.spec = Spec(obs=None, action=Box((env.action_size,)), params={}, physics=engine.name)
 
     def reset(self, key: jax.Array, params: PyTree):
-        with foreign():
+        with simulated_by(self.env, self.engine, params):
             state = self.env.reset(key)
-        return state, state.obs
+        self._check_engine(state)
+        return PlaygroundState(state, params), state.obs
 
-    def step(self, state: State, action: jax.Array, key: jax.Array):
-        with foreign():
+    def step(self, state: PlaygroundState, action: jax.Array, key: jax.Array):
+        with simulated_by(self.env, self.engine, state.overrides):
             # A copy of the containers: tasks write metrics into those of their argument.
-            state = self.env.step(with_key(jax.tree.map(lambda x: x, state), key), action)
-        terminated = jnp.asarray(state.done).astype(bool)
-        info = {name: jnp.asarray(value, jnp.float32) for name, value in state.metrics.items()}
-        return state, TimeStep(state.obs, state.reward, terminated, jnp.zeros((), bool), state.obs, info)
+            task = self.env.step(with_key(jax.tree.map(lambda x: x, state.task), key), action)
+        self._check_engine(task)
+        info = {name: jnp.asarray(value, jnp.float32) for name, value in task.metrics.items()}
+        timestep = TimeStep(task.obs, task.reward, jnp.asarray(task.done).astype(bool), jnp.zeros((), bool), task.obs, info)
+        timestep = end_diverged(timestep, self.engine.diverged(task.data), state.task.obs)
+        return PlaygroundState(task, state.overrides), timestep
 
-    def render(self, states: Sequence[State]) -> Any:
-        return self.env.render(list(states))
+    def _check_engine(self, state: State) -> None:
+        if is_native(state.data) != (self.engine.name == "mujoco"):
+            raise RuntimeError("this version of Playground simulates by other functions than those that rlx knows of.")
+
+    def render(self, states: Sequence[PlaygroundState]) -> Any:
+        return self.env.render([state.task for state in states])
 
 
 def find_menagerie(name: str, override: str | None) -> Path:
@@ -108,19 +170,23 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     """Builds `playground/<name>`. Raises UserError for an override that its config lacks, or if models are missing."""
     full_name = f"playground/{name}"
-    check_physics(full_name, physics, tuple(engine for engine in ENGINES if engine != "auto"))
+    engine_name = engines.resolve(physics)
     needs_models = name in LOCOMOTION + MANIPULATION
     menagerie = find_menagerie(name, overrides.get("menagerie_path")) if needs_models else None
     from mujoco_playground import registry
 
     config = registry.get_default_config(name)
-    allowed = {key: value for key, value in flatten(config.to_dict()).items() if key not in OWN_FIELDS}
-    allowed |= {"menagerie_path": None} if needs_models else {}
+    own = {"physics_threads": 0} | ({"menagerie_path": None} if needs_models else {})
+    allowed = {key: value for key, value in flatten(config.to_dict()).items() if key not in OWN_FIELDS} | own
     options = read_options(full_name, overrides, allowed, config.episode_length, config.get("action_repeat", 1))
-    changes = {key: value for key, value in options.rest.items() if key != "menagerie_path"}
+    changes = {key: value for key, value in options.rest.items() if key not in own}
     if changes.get("vision"):
         raise UserError(f"{full_name}: vision = True needs a renderer that only the Warp engine has.")
-    changes |= {"impl": ENGINES[physics]} if "impl" in config else {}
+    # Always said: Playground's default is Warp. (AeroCubeRotateZAxis alone has no such field.)
+    changes |= {"impl": engines.IMPLEMENTATIONS[engine_name]} if "impl" in config else {}
     with menagerie_at(menagerie), building(full_name):
-        adapted = FixedPoint(Playground(registry.load(name, config=config, config_overrides=changes)))
+        env = registry.load(name, config=config, config_overrides=changes)
+        threads = options.rest.get("physics_threads", 0)
+        engine = engines.make(engine_name, env.mj_model, env.mjx_model, threads)
+        adapted = FixedPoint(bind_fields(Playground(env, engine), engine))
     return limit_and_repeat(adapted, options)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rlx.logging import versions
+from rlx.machine import usable_cores
 
 
 def examine() -> Iterator[str]:
@@ -58,11 +59,6 @@ def check_devices() -> str:
         "jax has no CUDA here: pip install 'rlx[cuda]'" if nvidia else "no accelerator: physics runs on the processor"
     )
     return f"{text}; {cure}"
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on; a container may have fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def check_processors() -> str:

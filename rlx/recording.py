@@ -17,7 +17,6 @@ import numpy as np
 
 from rlx.algorithm import LearnerState, Policy
 from rlx.checkpoint import Checkpointer, first_nonfinite
-from rlx.doctor import usable_cores
 from rlx.environment import Environment
 from rlx.errors import NonFiniteError, UserError, require
 from rlx.evaluation import EvalResult
@@ -31,6 +30,7 @@ from rlx.logging import (
     read_metrics,
     write_atomically,
 )
+from rlx.machine import usable_cores
 from rlx.plotting import plot
 
 

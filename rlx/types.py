@@ -75,4 +75,5 @@ class Spec:
     episode_length: int | None = None  # time limit in inner steps; None: none
     action_repeat: int = 1  # inner steps per decision
     params: PyTree = ()  # the default of what may differ between episodes
+    physics: str = ""  # the engine that simulates it, where there is a choice
     name: str = ""  # `suite/name` where `envs.make` made it, for records and titles

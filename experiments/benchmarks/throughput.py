@@ -65,9 +65,9 @@ def measure(args: argparse.Namespace) -> dict:
 
     import envs
     import rlx
-    from rlx.doctor import usable_cores
     from rlx.environment import random_action
     from rlx.logging import versions
+    from rlx.machine import usable_cores
     from rlx.rollout import make_source
     from rlx.training import init_state, make_epoch
 

@@ -1,0 +1,120 @@
+"""One interface, three engines: `mjx` (XLA), `warp` (CUDA), `mujoco` (native C, on the CPU).
+
+An environment's own code stays in JAX and is written once, on one unbatched instance:
+
+    engine = physics.make("auto", mj_model)
+    data = engine.forward(engine.model, engine.make_data(qpos=qpos))              # in reset
+    data = engine.step(engine.model, data, ctrl, substeps)                        # in step
+    data.qpos, data.sensordata, ...                                               # a `mujoco.mjx.Data` on every engine
+
+`engine.model` is a `mujoco.mjx.Model`; domain randomisation replaces some of its arrays (`with_overrides`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlx.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import jax
+    import mujoco
+    from mujoco import mjx
+
+ENGINES = ("mjx", "warp", "mujoco")
+# What MJX calls the implementation behind each engine's model. "cpp" holds the public fields and compiles nothing.
+IMPLEMENTATIONS = {"mjx": "jax", "warp": "warp", "mujoco": "cpp"}
+
+
+class Engine(Protocol):
+    """Simulates one model. Pure: the whole physics state goes in and comes out in a `mujoco.mjx.Data`.
+
+    After `step` derived fields (`xpos`, `sensordata`, ...) describe the state before the last substep, on every engine,
+    as after MuJoCo's own `mj_step`; after `forward` they are current.
+    """
+
+    name: str
+    model: mjx.Model  # what the environment reads of the model; arrays may be replaced, unbatched
+
+    def make_data(self, **fields: Any) -> mjx.Data:
+        """The model's default state, with state fields such as `qpos` replaced; derived fields are zero."""
+        ...
+
+    def forward(self, model: mjx.Model, data: mjx.Data) -> mjx.Data:
+        """Computes derived fields of the state; time does not pass."""
+        ...
+
+    def step(self, model: mjx.Model, data: mjx.Data, ctrl: jax.Array, substeps: int) -> mjx.Data:
+        """`substeps` steps of `model.opt.timestep` seconds under the controls `ctrl` [nu]."""
+        ...
+
+    def diverged(self, data: mjx.Data) -> jax.Array:
+        """() bool: whether the last step failed. What `data` then holds is of no use: the episode must end."""
+        ...
+
+
+def resolve(physics: str) -> str:
+    """The engine that `physics` means on this machine: "auto" takes the fastest for the default device.
+
+    Raises UserError for an engine that does not exist or is not installed.
+    """
+    if physics not in ("auto", *ENGINES):
+        raise unknown("physics", physics, ("auto", *ENGINES))
+    warp = importlib.util.find_spec("warp") is not None
+    if physics == "warp" and not warp:
+        raise UserError("physics = 'warp' needs the package warp-lang, which is not installed: pip install warp-lang.")
+    if physics != "auto":
+        return physics
+    import jax
+
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return "mujoco"
+    return "warp" if warp and platform == "gpu" else "mjx"
+
+
+def make(physics: str, mj_model: mujoco.MjModel, model: mjx.Model | None = None, threads: int = 0) -> Engine:
+    """An engine for `mj_model`.
+
+    `model`: the engine's own form of it, where the caller has that already. `threads`: of the native engine; 0 for all
+    cores. Raises UserError for an engine that cannot be had, ValueError or NotImplementedError out of MJX for a model
+    that it cannot simulate.
+    """
+    name = resolve(physics)
+    if name == "mujoco":
+        from envs.physics.native import Native
+
+        return Native(mj_model, model, threads)
+    from envs.physics.mjx import MJX
+
+    return MJX(name, mj_model, model)
+
+
+def with_overrides(model: mjx.Model, overrides: Mapping[str, jax.Array]) -> mjx.Model:
+    """`model` with arrays replaced: fields of MjModel ("body_mass"), or of its options ("opt.gravity").
+
+    Raises UserError, with close matches, for a field that there is not, or an array of another shape.
+    """
+    import jax.numpy as jnp
+
+    for field, value in overrides.items():
+        head, _, tail = field.rpartition(".")
+        owner = model.opt if head == "opt" else model
+        names = {f.name for f in dataclasses.fields(owner)} - {"_impl", "opt", "stat"}
+        if head not in ("", "opt") or tail not in names:
+            raise unknown("model field", field, {f.name for f in dataclasses.fields(model)} | {"opt.gravity"})
+        old = getattr(owner, tail)
+        if jnp.shape(old) != jnp.shape(value):
+            raise UserError(f"model field {field} has shape {jnp.shape(old)}; the override has {jnp.shape(value)}.")
+        owner = owner.replace(**{tail: jnp.asarray(value, jnp.asarray(old).dtype)})
+        model = model.replace(opt=owner) if head == "opt" else owner
+    if "body_mass" in overrides and "body_subtreemass" not in overrides:
+        # Both C and MJX read it, for centres of mass and their velocities; neither recomputes it.
+        masses = model.body_mass
+        for body in range(model.nbody - 1, 0, -1):  # children come after their parents
+            masses = masses.at[model.body_parentid[body]].add(masses[body])
+        model = model.replace(body_subtreemass=masses)
+    return model

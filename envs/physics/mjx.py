@@ -1,0 +1,32 @@
+"""MuJoCo XLA, on any device, and its Warp implementation, on CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mujoco
+from mujoco import mjx
+
+from envs.physics import IMPLEMENTATIONS
+
+
+class MJX:
+    """See `envs.physics.Engine`. Differentiable on "mjx" where MJX is."""
+
+    def __init__(self, name: str, mj_model: mujoco.MjModel, model: mjx.Model | None = None):
+        self.name, self._mj_model = name, mj_model
+        self.model = mjx.put_model(mj_model, impl=IMPLEMENTATIONS[name]) if model is None else model
+
+    def make_data(self, **fields: Any) -> mjx.Data:
+        return mjx.make_data(self._mj_model, impl=IMPLEMENTATIONS[self.name]).replace(**fields)
+
+    def forward(self, model: mjx.Model, data: mjx.Data) -> mjx.Data:
+        return mjx.forward(model, data)
+
+    def step(self, model: mjx.Model, data: mjx.Data, ctrl: jax.Array, substeps: int) -> mjx.Data:
+        return jax.lax.fori_loop(0, substeps, lambda _, d: mjx.step(model, d.replace(ctrl=ctrl)), data)
+
+    def diverged(self, data: mjx.Data) -> jax.Array:
+        return ~(jnp.isfinite(data.qpos).all() & jnp.isfinite(data.qvel).all())
