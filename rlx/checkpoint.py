@@ -65,15 +65,20 @@ def first_nonfinite(tree: PyTree) -> str | None:
     return None if finite.all() else list(leaves)[int(np.argmin(finite))]
 
 
-def _compare(folder: Path, manifest: Mapping[str, Any], abstract: PyTree, metadata: Mapping[str, Any]) -> None:
-    """Raises UserError, with the first difference, if the checkpoint is not of this tree or these `metadata`."""
+def _compare(
+    folder: Path, manifest: Mapping[str, Any], abstract: PyTree, metadata: Mapping[str, Any], partial: bool
+) -> None:
+    """Raises UserError, with the first difference, if the checkpoint is not of this tree or these `metadata`.
+
+    With `partial` it may hold more than the tree.
+    """
     stored = manifest["metadata"]
     for name, value in metadata.items():
         if name in stored and stored[name] != value:
             raise UserError(f"checkpoint {folder} was written by a run with {name} = {stored[name]!r}, not {value!r}.")
     found = {path: description for path, description, _ in manifest["leaves"]}
     expected = {path: _describe(leaf) for path, leaf in _named_leaves(abstract).items()}
-    for path in (*expected, *found):
+    for path in expected if partial else (*expected, *found):
         if found.get(path) != expected.get(path):
             difference = f"{path}: found {found.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
             origin = ", ".join(f"{name} = {value!r}" for name, value in stored.items()) or "unknown"
@@ -189,12 +194,17 @@ class Checkpointer:
         return not self._runs.folders()
 
     def restore(
-        self, abstract_state: PyTree, step: int | None = None, expect: Iterable[str] = ("algorithm", "env")
+        self,
+        abstract_state: PyTree,
+        step: int | None = None,
+        expect: Iterable[str] = ("algorithm", "env"),
+        partial: bool = False,
     ) -> tuple[PyTree, int]:
         """The newest intact state and its step, or that of `step`.
 
         `abstract_state`: a pytree of `jax.ShapeDtypeStruct` (`jax.eval_shape`); the result has its structure, and its
-        shardings where it names some. `expect` names the metadata that must equal this Checkpointer's. A checkpoint
+        shardings where it names some; with `partial` it may leave out leaves of what was saved. `expect` names the
+        metadata that must equal this Checkpointer's. A checkpoint
         that is damaged or half-written is passed over with a warning. Raises UserError if none is left, or if the
         newest intact one differs in a leaf's path, shape or dtype.
         """
@@ -202,7 +212,7 @@ class Checkpointer:
         if step is not None and step not in folders:
             raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {list(folders)}.")
         order = [step] if step is not None else list(reversed(folders))
-        return self._restore(self._runs, order, abstract_state, expect)
+        return self._restore(self._runs, order, abstract_state, expect, partial)
 
     def restore_best(self, abstract_policy: PyTree, expect: Iterable[str] = ("algorithm", "env")) -> tuple[PyTree, int]:
         """The best intact Policy and its step. Raises UserError as `restore` does."""
@@ -210,7 +220,9 @@ class Checkpointer:
         order = sorted(manifests, key=lambda step: -manifests[step]["value"])
         return self._restore(self._best, order, abstract_policy, expect)
 
-    def _restore(self, store: Store, order: list[int], abstract: PyTree, expect: Iterable[str]) -> tuple[PyTree, int]:
+    def _restore(
+        self, store: Store, order: list[int], abstract: PyTree, expect: Iterable[str], partial: bool = False
+    ) -> tuple[PyTree, int]:
         metadata = {name: self._metadata[name] for name in expect if name in self._metadata}
         reasons = []
         folders = store.folders()
@@ -223,7 +235,7 @@ class Checkpointer:
                 reasons.append(f"{folder.name}: {error}")
                 self._warn(f"checkpoint {folder} is passed over: {error}.")
                 continue
-            _compare(folder, manifest, abstract, metadata)
+            _compare(folder, manifest, abstract, metadata, partial)
             return _load(folder, manifest, abstract), step
         found = "; ".join(reasons) or "the folder holds none"
         raise UserError(f"no whole checkpoint in {store.directory} ({found}).")

@@ -177,6 +177,8 @@ def train(arguments: list[str]) -> int:
         say(quiet, settings.describe(merged))
         with shown.phase("building"):
             env = load_env(pair)
+            pair = pair._replace(physics=env.spec.physics or pair.physics)  # "auto" may be another one elsewhere
+            say(quiet or not env.spec.physics, f"physics: {env.spec.physics}")
             start = options.from_run and str(Path(options.from_run).absolute())
             policy = start_policy(start)
         record = {**describe(pair), "from": start, "wandb": options.wandb}
@@ -227,13 +229,17 @@ class LoadedRun(NamedTuple):
     config: Any
 
 
-def load_run(run_dir: str) -> LoadedRun:
-    """Builds environment and algorithm of a run again. Raises UserError that says what is missing."""
+def load_run(run_dir: str, physics: str = "") -> LoadedRun:
+    """Builds environment and algorithm of a run again, on another engine if `physics` names one.
+
+    Raises UserError that says what is missing.
+    """
     directory = RunDirectory.open(run_dir)
     recorded = directory.config
     if "env_overrides" not in recorded:
         raise UserError(f"{run_dir!r} was begun from Python: go on there, with rlx.train(..., resume=True).")
     pair = Pair(*(recorded[name] for name in ("algorithm", "env", "physics", "env_overrides", "files")))
+    pair = pair._replace(physics=physics or pair.physics)
     for part, was in pair.files.items():
         warning = external.changed(getattr(pair, part), part, was)
         say(warning is None, str(warning))
@@ -291,11 +297,12 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--decisions", type=int, default=0, help="cut of an episode (0: the time limit)")
     parser.add_argument("--best", action="store_true", help="the policy of the best evaluation, not the newest")
     parser.add_argument("--mode", choices=("greedy", "sample"), default="greedy", help="greedy is deterministic")
+    parser.add_argument("--physics", default="", help="another engine than the run's: mjx, warp or mujoco")
     options = parser.parse_args(arguments)
     require(options.episodes >= 1, "--episodes", options.episodes, "at least 1")
     with Progress() as shown:
         with shown.phase("building"):
-            run = load_run(options.run_dir)
+            run = load_run(options.run_dir, options.physics)
             import jax
 
             from rlx.evaluation import make_evaluate
@@ -309,7 +316,7 @@ def evaluate(arguments: list[str]) -> int:
             play = jax.jit(make_evaluate(run.env, algorithm, options.episodes, options.mode, decisions))
             _, _, _, key = jax.random.split(jax.random.key(seed), 4)  # the fourth, as in training
             result = jax.device_get(play(policy, key))
-    entry = {"step": step, "mode": options.mode, "seed": seed, "best": options.best}
+    entry = {"step": step, "mode": options.mode, "seed": seed, "best": options.best, "physics": run.pair.physics}
     entry |= {"returns": result.returns.tolist(), "lengths": result.lengths.tolist()}
     if options.mode == "greedy":
         write_atomically(run.directory.path / "eval.json", json.dumps(entry) + "\n")

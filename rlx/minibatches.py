@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rlx.algorithm import Key
 from rlx.errors import require
@@ -37,10 +38,25 @@ def scan_minibatches(
 
     def one_epoch(carry, key):
         shuffle_key, step_key = jax.random.split(key)
-        indices = jax.random.permutation(shuffle_key, size).reshape(num_minibatches, -1)
+        indices = permutation(shuffle_key, size).reshape(num_minibatches, -1)
         return jax.lax.scan(one_minibatch, carry, (indices, jax.random.split(step_key, num_minibatches)))
 
     return jax.lax.scan(one_epoch, carry, jax.random.split(key, num_epochs))
+
+
+def permutation(key: Key, size: int) -> jax.Array:
+    """A random order of 0 .. size - 1, [size] uint32.
+
+    One sort of single words, random bits above and the index below: on a CPU an eighth of the time of
+    `jax.random.permutation`, which was a fifth of PPO's update. Equal random bits (at least 16 of them) leave a pair in
+    its order, one pair in 65,536 or fewer; larger sizes take jax's own.
+    """
+    index_bits = max(1, (size - 1).bit_length())
+    if index_bits > 16:
+        return jax.random.permutation(key, size).astype(jnp.uint32)
+    index = jnp.arange(size, dtype=jnp.uint32)
+    words = (jax.random.bits(key, (size,), jnp.uint32) << index_bits) | index
+    return jnp.sort(words) & jnp.uint32((1 << index_bits) - 1)
 
 
 def check_minibatches(num_envs: int, unroll_length: int, num_minibatches: int, segments: bool = False) -> None:

@@ -108,10 +108,19 @@ class Recorder:
         self._last_iteration = iteration
         self._started = self._last_ready = time.perf_counter()
 
-    def epoch(self, iteration: int, metrics: Any, learner: LearnerState) -> dict[str, float]:
-        """Waits for an epoch's metrics (`rlx.training.EpochMetrics`), checks that they are finite, returns its row."""
+    def time_if_ready(self, metrics: Any) -> float | None:
+        """Now, if an epoch has ended by the time its dispatch returned, as on a CPU with callbacks; else None."""
+        return time.perf_counter() if all(leaf.is_ready() for leaf in jax.tree.leaves(metrics)) else None
+
+    def epoch(
+        self, iteration: int, metrics: Any, ended: float | None, learner: LearnerState
+    ) -> dict[str, float]:
+        """Waits for an epoch's metrics (`rlx.training.EpochMetrics`), checks that they are finite, returns its row.
+
+        `ended`: when it ended, if that is known.
+        """
         metrics = jax.device_get(metrics)
-        now = time.perf_counter()
+        now = ended or time.perf_counter()
         self._check_finite(iteration, metrics, learner)
         rate = (self.step(iteration) - self.step(self._last_iteration)) / (now - self._last_ready)
         self._last_iteration, self._last_ready = iteration, now
@@ -180,6 +189,7 @@ def describe(
     return {
         "algorithm": getattr(algorithm, "__name__", type(algorithm).__name__).rpartition(".")[2],
         "env": env.spec.name or type(env).__name__,
+        "physics": env.spec.physics,
         "train": dataclasses.asdict(train_config),
         "algo": dataclasses.asdict(config),
         "plan": dict(schedule),
@@ -195,7 +205,7 @@ def describe(
 def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises UserError where a run is to be resumed with other settings than it was begun with."""
     given = json.loads(json.dumps(given))
-    for name in ("algorithm", "env"):
+    for name in ("algorithm", "env", "physics"):
         require(recorded[name] == given[name], name, given[name], f"the run to resume is of {recorded[name]!r}")
     for part in ("train", "algo", "plan"):
         for name, value in given[part].items():

@@ -182,14 +182,14 @@ def run_epochs(
     if iteration == 0 and config.num_evals:
         recorder.write(0, evaluate(state, 0))
     recorder.begin(iteration)
-    pending: tuple[int, EpochMetrics] | None = None
+    pending: tuple[int, EpochMetrics, float | None] | None = None
     stopping = False
     while iteration < schedule.plan.num_iterations and not stopping:
         state, metrics = programs.epoch(state)
         if pending:
             stopping = bool(on_epoch(recorder.write(pending[0], recorder.epoch(*pending, state.learner))))
         iteration = schedule.after(iteration)
-        pending = (iteration, metrics)
+        pending = (iteration, metrics, recorder.time_if_ready(metrics))
         evaluates = schedule.due(iteration, config.num_evals)
         last = iteration == schedule.plan.num_iterations
         if evaluates or last or stop.requested or stopping or schedule.due(iteration, config.num_checkpoints):
@@ -333,10 +333,10 @@ def load_policy(
     plan = make_schedule(env, train_config).plan
     built = build_algorithm(algorithm, config, env, plan)
     checkpointer = open_checkpoints(RunDirectory.open(run_dir), train_config.keep_checkpoints)
-    source = make_source(env, plan, train_config.reset, train_config.reset_pool_size)
-    abstract = jax.eval_shape(lambda key: init_state(built, source, key), jax.random.key(0))
+    learner = jax.eval_shape(built.init, jax.random.key(0))
     if best:
-        greedy = jax.eval_shape(lambda learner: built.policy(learner, "greedy"), abstract.learner)
+        greedy = jax.eval_shape(lambda learner: built.policy(learner, "greedy"), learner)
         return built, *checkpointer.restore_best(greedy)
-    state, step = checkpointer.restore(abstract)
+    # The learner alone: the environments' part depends on the physics engine, which may be another one here.
+    state, step = checkpointer.restore(TrainState(learner, (), (), ()), partial=True)  # type: ignore[arg-type]
     return built, built.policy(state.learner, mode), step

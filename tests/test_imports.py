@@ -14,7 +14,7 @@ import rlx
 from rlx.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"rlx.errors", "rlx.types"}
+BASE = {"rlx.errors", "rlx.types", "rlx.machine"}
 CONTRACT = BASE | {"rlx.environment", "rlx.algorithm"}
 SHARED = {"returns", "replay", "normalize", "distributions", "networks", "statistics", "minibatches"}
 DRIVER = {"training", "rollout", "evaluation", "checkpoint", "checkpoint_store", "compilation", "data", "logging"}
