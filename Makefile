@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+BENCH ?= brax/hopper playground/CheetahRun playground/HopperHop playground/HumanoidRun
+RESULTS := experiments/benchmarks/results
 
 .PHONY: help install train test test-slow lint format bench clean
 
@@ -37,8 +39,9 @@ format: install  ## rewrites what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install  ## throughput, compile time and memory
-	$(BIN)/python experiments/benchmarks/throughput.py
+bench: install  ## steps/s, compile time and memory on every physics engine, into experiments/benchmarks/results/
+	@mkdir -p $(RESULTS)
+	@for env in $(BENCH); do $(BIN)/rlx benchmark $$env ppo --out $(RESULTS)/$$(echo $$env | tr / -).json || exit 1; done
 
 clean:  ## removes caches and the installation, never runs/
 	rm -rf $(VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

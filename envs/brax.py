@@ -5,6 +5,15 @@ the environment's constructor takes (`reset_noise_scale`, `terminate_when_unheal
 unless `episode_length` says otherwise. Actions: brax's `step` itself maps [-1, 1] to the control range, or
 that range is [-1, 1].
 
+Physics: an environment of backend "mjx" runs on the engine `mjx`, by brax's own pipeline, or on `mujoco`, by ours,
+which takes the place of the pipeline functions of that one object (`envs.brax_pipeline`); "auto" is `mujoco` on a CPU.
+The other backends are engines of brax's own, and take "auto" alone.
+
+With the backend "mjx": `physics_threads` of the native engine, 0 for all cores; `params`, `randomize`,
+`randomize_variants` and the end of a simulation that diverges are as in `envs.playground`. Overrides of the model do
+not reach what brax keeps beside it: the masses and control ranges that its own code computes some observations, rewards
+and actions with (humanoid, pusher) stay nominal.
+
 `swimmer` has the backend "generalized" only, and gets it; its fluid forces (brax 0.14.2) call `jnp.clip` with a keyword
 that jax 0.10 has dropped, so that one module gets a clip that knows it. `fast` is brax's toy for its unit tests: a
 point that accelerates, without physics or backend; `obs_mode="dict_state"` and the like give it dict observations.
@@ -13,16 +22,32 @@ point that accelerates, without physics or backend; `obs_mode="dict_state"` and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import brax.envs
 import brax.fluid
 import jax
 import jax.numpy as jnp
+from brax.envs.base import PipelineEnv
 
-from envs.adapter import building, check_physics, defaults_of, foreign, limit_and_repeat, read_options, with_key
+from envs import physics as engines
+from envs.adapter import (
+    bind_fields,
+    building,
+    defaults_of,
+    end_diverged,
+    foreign,
+    limit_and_repeat,
+    read_options,
+    with_key,
+)
+from envs.brax_pipeline import model_of, simulate_natively
+from envs.physics.native import NativeData
+from envs.randomization import OVERRIDES, randomized
 from envs.wrappers import FixedPoint
 from rlx.environment import Environment
 from rlx.errors import UserError, unknown
@@ -74,29 +99,100 @@ class Brax:
         return self.env.render([state.pipeline_state for state in states])
 
 
-def choose_backend(name: str, physics: str, backend: str | None) -> str | None:
-    """The backend of environment `name`, None if it has none. Raises UserError if it has not the one asked for."""
-    check_physics(f"brax/{name}", physics, ("mjx",))
+class BraxState(NamedTuple):
+    task: brax.envs.State
+    overrides: Mapping[str, jax.Array]  # of the model, as `reset` got them
+
+
+class BraxMJX:
+    """One brax environment of backend "mjx" on one of our engines. `info` holds its metrics and `diverged`."""
+
+    def __init__(self, env: PipelineEnv, engine: engines.Engine):
+        self.env, self.engine, self._brax, self._lock = env, engine, Brax(env), threading.RLock()
+        self.spec = dataclasses.replace(self._brax.spec, params={}, physics=engine.name)
+        if engine.name == "mujoco":
+            simulate_natively(env, engine)
+
+    @contextlib.contextmanager
+    def _model(self, overrides: Mapping[str, jax.Array]) -> Iterator[None]:
+        """While brax's code is traced, its model has `overrides`."""
+        with self._lock:
+            nominal = self.env.sys
+            self.env.sys = engines.with_overrides(nominal, overrides)
+            try:
+                yield
+            finally:
+                self.env.sys = nominal
+
+    def reset(self, key: jax.Array, params: PyTree):
+        with self._model(params):
+            state, obs = self._brax.reset(key, params)
+        self._check_engine(state)
+        return BraxState(state, params), obs
+
+    def step(self, state: BraxState, action: jax.Array, key: jax.Array):
+        with self._model(state.overrides):
+            task, timestep = self._brax.step(state.task, action, key)
+        self._check_engine(task)
+        timestep = end_diverged(timestep, self.engine.diverged(task.pipeline_state), state.task.obs)
+        return BraxState(task, state.overrides), timestep
+
+    def _check_engine(self, state: brax.envs.State) -> None:
+        if isinstance(state.pipeline_state._impl, NativeData) != (self.engine.name == "mujoco"):
+            raise RuntimeError("this version of brax simulates by other functions than those that rlx knows of.")
+
+    def render(self, states: Sequence[BraxState]) -> Any:
+        return self._brax.render([state.task for state in states])
+
+
+def choose(name: str, physics: str, backend: str | None) -> tuple[str | None, str]:
+    """The backend of environment `name`, None if it has none, and our engine under it, "" if it is brax's own.
+
+    Raises UserError for a backend or an engine that it has not, and for two that contradict each other.
+    """
     available = OTHER_BACKENDS.get(name, BACKENDS)
     if backend is not None and backend not in BACKENDS:
         raise unknown("brax backend", str(backend), BACKENDS)
-    if physics == "mjx" and backend not in (None, "mjx"):
-        raise UserError(f"physics = 'mjx' contradicts backend = {backend!r} for brax/{name}: leave one of them out.")
-    wanted = backend or ("mjx" if physics == "mjx" else None)
+    if physics == "warp":
+        raise UserError(
+            f"physics = 'warp' is not available for brax/{name}: brax knows MJX on XLA. Take mjx or mujoco."
+        )
+    if physics != "auto" and backend not in (None, "mjx"):
+        raise UserError(
+            f"physics = {physics!r} contradicts backend = {backend!r} for brax/{name}: leave one of them out."
+        )
+    wanted = backend or (None if physics == "auto" else "mjx")
     if wanted is not None and wanted not in available:
         raise UserError(f"brax/{name} has no backend {wanted!r}; it has {', '.join(available) or 'none at all'}.")
-    return wanted or (available[0] if available else None)
+    backend = wanted or (available[0] if available else None)
+    if backend != "mjx":
+        return backend, ""
+    engine = engines.resolve(physics)
+    return backend, "mjx" if engine == "warp" else engine
 
 
 def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
-    """Builds `brax/<name>`. Raises UserError for an override or a backend that it has not."""
+    """Builds `brax/<name>`. Raises UserError for an override, a backend or an engine that it has not."""
     full_name = f"brax/{name}"
-    backend = choose_backend(name, physics, overrides.get("backend"))
+    backend, engine_name = choose(name, physics, overrides.get("backend"))
     defaults = defaults_of(brax.envs._envs[name])
     if backend is not None:
         defaults["n_frames"] = 1  # all that have a backend take it, through **kwargs
-    options = read_options(full_name, overrides, defaults, episode_length=1000)
-    arguments = options.rest if backend is None else {**options.rest, "backend": backend}
+    own = {"physics_threads": 0, **OVERRIDES} if engine_name else {}
+    for field in {"physics_threads", *OVERRIDES}.difference(own).intersection(overrides):
+        raise UserError(f"{full_name}: {field} needs the backend 'mjx'; this is {backend or 'an environment without'}.")
+    options = read_options(full_name, overrides, defaults | own, episode_length=1000)
+    arguments = {key: value for key, value in options.rest.items() if key not in own}
+    arguments |= {} if backend is None else {"backend": backend}
     with building(full_name):
-        env = FixedPoint(Brax(brax.envs.get_environment(name, **arguments)))
-    return limit_and_repeat(env, options)
+        env = brax.envs.get_environment(name, **arguments)
+        adapted: Environment = adapt(full_name, env, engine_name, options.rest) if engine_name else Brax(env)
+        adapted = FixedPoint(adapted)
+    return limit_and_repeat(adapted, options)
+
+
+def adapt(name: str, env: brax.envs.Env, engine_name: str, options: Mapping[str, Any]) -> Environment:
+    """`env` of backend "mjx" on one of our engines, randomised as `options` ask."""
+    assert isinstance(env, PipelineEnv)
+    engine = engines.make(engine_name, model_of(env.sys), env.sys, options.get("physics_threads", 0))
+    return bind_fields(randomized(name, BraxMJX(env, engine), env.sys, options), engine)

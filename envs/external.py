@@ -15,19 +15,19 @@ from rlx.errors import UserError, unknown
 from rlx.external import load_file, source_file
 
 
-def load(target: str) -> ModuleType:
-    """The module behind a file or a module's name. Raises UserError if there is none."""
+def load(target: str, what: str = "environment") -> ModuleType:
+    """The module behind a file or a module's name. Raises UserError that names `what` if there is none."""
     path = source_file(target)
     if path is None:
         missing = f"the file {target!r} does not exist" if target.endswith(".py") else f"there is no module {target!r}"
-        raise UserError(f"environment: {missing}; run from its folder, or install it.")
+        raise UserError(f"{what}: {missing}; run from its folder, or install it.")
     return load_file(path) if target.endswith(".py") else importlib.import_module(target)
 
 
-def load_function(reference: str) -> Callable[..., Any]:
+def load_function(reference: str, what: str = "environment") -> Callable[..., Any]:
     """The function behind `target:function`. Raises UserError, with close names, if there is none."""
     target, _, function = reference.rpartition(":")
-    module = load(target)
+    module = load(target, what)
     found = getattr(module, function, None)
     if not callable(found):
         own = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]

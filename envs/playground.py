@@ -1,14 +1,16 @@
 """MuJoCo Playground's tasks. Its training wrappers, which discard the last observation, are not used.
 
-Physics: `mjx`, `warp` or `mujoco` (`envs.physics`). Tasks call three functions of Playground's and MJX's modules; for the
-native engine those are replaced while `reset` and `step` below are traced, and only for data that is native.
+Physics: `mjx`, `warp` or `mujoco` (`envs.physics`). Tasks call three functions of Playground's and MJX's modules; for
+the native engine those are replaced while `reset` and `step` below are traced, and only for data that is native.
 
 Overrides: the fields of the task's own config, nested ones joined by dots
 (`{"reward_config.scales.tracking_lin_vel": 2.0}`); `episode_length` and `action_repeat` default to the config's.
 Actions pass through: the control range of every dm_control task is [-1, 1] (the tests look), and the robot tasks scale
 by themselves, as Playground's published training assumes. `physics_threads`: of the native engine, 0 for all cores.
 
-`params` are overrides of the model, {"body_mass": [nbody], "opt.gravity": [3], ...}, unbatched (`physics.with_overrides`).
+`params` are overrides of the model, unbatched, {"body_mass": [nbody], "opt.gravity": [3], ...}
+(`physics.with_overrides`). `randomize` draws them anew for each episode: a function, a reference to one, or True for
+the task's own; `randomize_variants`: out of so many fixed draws (`envs.randomization`).
 A simulation that diverges ends its episode as `truncated`, with the last observation before, reward 0 and
 `info["diverged"]` 1; the environment is then reset like any other.
 
@@ -33,6 +35,7 @@ import jax.numpy as jnp
 from envs import physics as engines
 from envs.adapter import bind_fields, building, end_diverged, foreign, limit_and_repeat, read_options, with_key
 from envs.names import LOCOMOTION, MANIPULATION
+from envs.randomization import OVERRIDES, randomized
 from envs.wrappers import FixedPoint
 from rlx.environment import Environment
 from rlx.errors import UserError
@@ -58,7 +61,14 @@ def simulated_by(env: MjxEnv, engine: engines.Engine, overrides: Mapping[str, ja
     originals = mjx_env.make_data, mjx_env.step, mjx.forward
 
     def make_data(model, qpos=None, qvel=None, ctrl=None, act=None, mocap_pos=None, mocap_quat=None, **options):
-        values = {"qpos": qpos, "qvel": qvel, "ctrl": ctrl, "act": act, "mocap_pos": mocap_pos, "mocap_quat": mocap_quat}
+        values = {
+            "qpos": qpos,
+            "qvel": qvel,
+            "ctrl": ctrl,
+            "act": act,
+            "mocap_pos": mocap_pos,
+            "mocap_quat": mocap_quat,
+        }
         if model is not env.mj_model:
             return originals[0](model, **values, **options)
         values = {name: value for name, value in values.items() if value is not None}
@@ -106,16 +116,22 @@ class Playground:
         with simulated_by(self.env, self.engine, params):
             state = self.env.reset(key)
         self._check_engine(state)
-        return PlaygroundState(state, params), state.obs
+        return PlaygroundState(state.replace(data=self.engine.detach(state.data)), params), state.obs
 
     def step(self, state: PlaygroundState, action: jax.Array, key: jax.Array):
         with simulated_by(self.env, self.engine, state.overrides):
             # A copy of the containers: tasks write metrics into those of their argument.
-            task = self.env.step(with_key(jax.tree.map(lambda x: x, state.task), key), action)
+            task = jax.tree.map(lambda x: x, state.task)
+            task = task.replace(data=self.engine.attach(task.data))
+            task = self.env.step(with_key(task, key), action)
         self._check_engine(task)
         info = {name: jnp.asarray(value, jnp.float32) for name, value in task.metrics.items()}
-        timestep = TimeStep(task.obs, task.reward, jnp.asarray(task.done).astype(bool), jnp.zeros((), bool), task.obs, info)
+        timestep = TimeStep(
+            task.obs, task.reward, jnp.asarray(task.done).astype(bool), jnp.zeros((), bool), task.obs, info
+        )
         timestep = end_diverged(timestep, self.engine.diverged(task.data), state.task.obs)
+        # With the observation of `timestep`: whoever goes on after a divergence compares with it.
+        task = task.replace(obs=timestep.obs, data=self.engine.detach(task.data))
         return PlaygroundState(task, state.overrides), timestep
 
     def _check_engine(self, state: State) -> None:
@@ -176,7 +192,7 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     from mujoco_playground import registry
 
     config = registry.get_default_config(name)
-    own = {"physics_threads": 0} | ({"menagerie_path": None} if needs_models else {})
+    own = {"physics_threads": 0, **OVERRIDES} | ({"menagerie_path": None} if needs_models else {})
     allowed = {key: value for key, value in flatten(config.to_dict()).items() if key not in OWN_FIELDS} | own
     options = read_options(full_name, overrides, allowed, config.episode_length, config.get("action_repeat", 1))
     changes = {key: value for key, value in options.rest.items() if key not in own}
@@ -188,5 +204,7 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
         env = registry.load(name, config=config, config_overrides=changes)
         threads = options.rest.get("physics_threads", 0)
         engine = engines.make(engine_name, env.mj_model, env.mjx_model, threads)
-        adapted = FixedPoint(bind_fields(Playground(env, engine), engine))
+        randomizer = registry.get_domain_randomizer(name)
+        adapted = randomized(full_name, Playground(env, engine), engine.model, options.rest, randomizer)
+        adapted = FixedPoint(bind_fields(adapted, engine))
     return limit_and_repeat(adapted, options)

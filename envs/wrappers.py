@@ -1,4 +1,4 @@
-"""Environments around environments: fixed types, time limit, action repeat, action scaling.
+"""Environments around environments: fixed types, time limit, action repeat, action scaling, domain randomisation.
 
 Each is an Environment (`rlx.environment`) itself: pure, unbatched, never resetting.
 """
@@ -6,7 +6,7 @@ Each is an Environment (`rlx.environment`) itself: pure, unbatched, never resett
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,41 +51,67 @@ def cast(tree: PyTree, types: PyTree) -> PyTree:
     return jax.tree.map(leaf, tree, types)
 
 
+class Types(NamedTuple):
+    """What reset and step return."""
+
+    state: Any
+    obs: PyTree
+    timestep: TimeStep
+
+
+def signature(tree: PyTree) -> Any:
+    """What tells trees of different structures, shapes and dtypes apart."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((jnp.shape(x), jax.dtypes.result_type(x)) for x in leaves)
+
+
 class FixedPoint:
     """Makes reset and step agree: states and observations of one structure, shape, dtype and weak type.
 
     Where they differ, a compiled loop would compile again at its second call, or not at all. Rewards become float32,
-    endings bool. `spec.obs` is found by tracing, so `env.spec.obs` may be None. Raises UserError naming the leaf if
-    structures or shapes differ.
+    endings bool. `spec.obs` is found by tracing, so `env.spec.obs` may be None. `reset` takes params of any structure
+    that `env` takes; the state's types follow. Raises UserError naming the leaf if structures or shapes differ.
     """
 
     def __init__(self, env: Environment):
         self.env = env
         # Jitted, so that Python runs once through a physics engine however often the environment is traced.
         self._reset, self._step = jax.jit(env.reset), jax.jit(env.step)
+        self._of_params: dict[Any, Types] = {}
+        self._of_state: dict[Any, Types] = {}
+        self.spec = dataclasses.replace(env.spec, obs=self._types(env.spec.params).obs)
+
+    def _types(self, params: PyTree) -> Types:
+        """The types under `params`, found once for each signature of them."""
+        if signature(params) not in self._of_params:
+            types = self._find_types(params)
+            self._of_params[signature(params)] = self._of_state[signature(types.state)] = types
+        return self._of_params[signature(params)]
+
+    def _find_types(self, params: PyTree) -> Types:
         key = jax.eval_shape(lambda: jax.random.key(0))
-        action = jax.eval_shape(lambda key: random_action(env.spec, key), key)
-        state, obs = strong(jax.eval_shape(self._reset, key, env.spec.params))
+        action = jax.eval_shape(lambda key: random_action(self.env.spec, key), key)
+        state, obs = strong(jax.eval_shape(self._reset, key, params))
         for _ in range(4):  # a wider dtype of one leaf can widen another
             before = state
             after, timestep = jax.eval_shape(self._step, before, action, key)
             state = merge_types("state", before, after)
-            if state == before:
+            if signature(state) == signature(before):
                 break
         obs = merge_types("final_obs", merge_types("obs", obs, timestep.obs), timestep.final_obs)
         reward: Any = jax.ShapeDtypeStruct(timestep.reward.shape, jnp.float32)
         flag: Any = jax.ShapeDtypeStruct((), jnp.bool_)
-        self.state_types, self.obs_types = state, obs
-        self.timestep_types = TimeStep(obs, reward, flag, flag, obs, strong(timestep.info))
-        self.spec = dataclasses.replace(env.spec, obs=obs)
+        return Types(state, obs, TimeStep(obs, reward, flag, flag, obs, strong(timestep.info)))
 
     def reset(self, key: jax.Array, params: PyTree):
+        types = self._types(params)
         state, obs = self._reset(key, params)
-        return cast(state, self.state_types), cast(obs, self.obs_types)
+        return cast(state, types.state), cast(obs, types.obs)
 
     def step(self, state: Any, action: jax.Array, key: jax.Array):
+        types = self._of_state.get(signature(state)) or self._types(self.spec.params)
         state, timestep = self._step(state, action, key)
-        return cast(state, self.state_types), cast(timestep, self.timestep_types)
+        return cast(state, types.state), cast(timestep, types.timestep)
 
     def render(self, states: Sequence[Any]) -> Any:
         return render(self.env, states)
@@ -181,6 +207,55 @@ class ScaleAction:
 
     def step(self, state: Any, action: jax.Array, key: jax.Array):
         return self.env.step(state, jnp.asarray(self.center) + jnp.asarray(self.half_width) * action, key)
+
+    def render(self, states: Sequence[Any]) -> Any:
+        return render(self.env, states)
+
+
+class DomainRandomization:
+    """Every episode is played under params of its own, `draw(key)`, which the state keeps until the episode ends.
+
+    `draw`: a pure function from a key to params. Where it returns a mapping and the environment's params are one, as in
+    the suites playground and brax ({"body_mass": [nbody], "opt.gravity": [3], ...}: `envs.physics.with_overrides`), it
+    replaces those entries alone; else it replaces the params, and must return them whole. What it draws comes from the
+    key of the reset: with the source's reset pool each pool state has its own draw, and an epoch's episodes share
+    those; with reset="always" every episode has one of its own. An evaluation draws too, the same at each visit.
+
+    `num_variants` K: each reset takes, at random, one of K draws that `seed` fixes for good, whatever the run's own
+    seed. `spec` is that of `env`: `spec.params` stays the default, which `draw` builds upon.
+
+    Raises UserError unless `num_variants` is None or a positive integer, or if `draw` returns params of another
+    structure than the environment's.
+    """
+
+    def __init__(
+        self, env: Environment, draw: Callable[[jax.Array], PyTree], num_variants: int | None = None, seed: int = 0
+    ):
+        counted = num_variants is None or is_count(num_variants)
+        require(counted, "num_variants", num_variants, "a whole number of at least 1, or None")
+        self.env, self.draw, self.num_variants, self.seed, self.spec = env, draw, num_variants, seed, env.spec
+        jax.eval_shape(self._params, jax.eval_shape(lambda: jax.random.key(0)), env.spec.params)
+
+    def _params(self, key: jax.Array, params: PyTree) -> PyTree:
+        if self.num_variants is not None:
+            variant = jax.random.randint(key, (), 0, self.num_variants)
+            key = jax.random.fold_in(jax.random.key(self.seed), variant)
+        drawn = self.draw(key)
+        if isinstance(params, Mapping) and isinstance(drawn, Mapping):
+            return {**params, **drawn}
+        structures: list[Any] = [jax.tree.structure(tree) for tree in (drawn, params)]
+        if structures[0] != structures[1]:
+            raise UserError(
+                f"the draw has the structure {structures[0]}; the environment's params are {structures[1]}."
+            )
+        return drawn
+
+    def reset(self, key: jax.Array, params: PyTree):
+        draw_key, reset_key = jax.random.split(key)
+        return self.env.reset(reset_key, self._params(draw_key, params))
+
+    def step(self, state: Any, action: jax.Array, key: jax.Array):
+        return self.env.step(state, action, key)
 
     def render(self, states: Sequence[Any]) -> Any:
         return render(self.env, states)

@@ -11,6 +11,7 @@ import tyro
 
 from rlx import settings
 from rlx.errors import UserError
+from rlx.external import canonical
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +54,14 @@ def take_env_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, A
 
 
 def literal(text: str) -> Any:
-    """`text` as a Python literal, or as itself."""
+    """`text` as a Python literal, or as itself; `path/to/file.py:function` with its absolute path."""
     names = {"true": True, "false": False, "none": None}
     if text.lower() in names:
         return names[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        return canonical(text) if ".py:" in text else text
 
 
 def option_value(arguments: Sequence[str], flag: str) -> str:

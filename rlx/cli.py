@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -33,6 +34,7 @@ usage: rlx COMMAND ...
   evaluate RUN_DIR [...]       play whole episodes with a run's policy
   plot RUN_DIR... --out FILE   draw learning curves
   list envs|algorithms         what there is
+  benchmark ENV [ALGORITHM]    steps/s, compile time and memory on every physics engine
   doctor                       what this machine has, and what each missing piece costs
 
   --version, --help            --debug with any command: show tracebacks
@@ -103,7 +105,7 @@ def report(error: Exception) -> int:
 def dispatch(arguments: list[str]) -> int:
     """Runs the command that `arguments` begin with."""
     commands = {"train": train, "resume": resume, "evaluate": evaluate, "plot": plot}
-    commands |= {"list": list_names, "doctor": doctor}
+    commands |= {"list": list_names, "doctor": doctor, "benchmark": benchmark}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
@@ -336,6 +338,60 @@ def plot(arguments: list[str]) -> int:
 
     print(draw(options.run_dirs, options.out, metric=options.metric))
     return 0
+
+
+def benchmark(arguments: list[str]) -> int:
+    """`rlx benchmark ENV [ALGORITHM]`."""
+    from rlx import benchmark as measuring
+
+    options = measuring.parse(arguments)
+    pair = find_pair(options.algorithm or "ppo", options.env)  # without ALGORITHM: how long ppo's runs and unrolls are
+    with Progress() as shown:
+        with shown.phase("building"):
+            sweep = build_sweep(options, pair)
+        result = measuring.measure(options, sweep, shown)
+    measuring.show(result)
+    if options.out:
+        write_atomically(options.out, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def build_env(pair: Pair, physics: str) -> Any:
+    return load_env(pair._replace(physics=physics or "auto"))
+
+
+def build_sweep(options: Any, pair: Pair) -> Any:
+    """The settings, and the environment on every engine that was asked for or that this machine has."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share an accelerator
+    module = load_algorithm(pair)
+    from rlx.benchmark import Sweep
+    from rlx.measuring import Target
+    from rlx.training import TrainConfig
+
+    layers = [("preset", settings.preset(pair.env, pair.algorithm)), ("command line", options.settings)]
+    merged = settings.merge(TrainConfig, module.Config, layers)
+    pair = pair._replace(overrides=settings.values(merged, "env."))
+    engines: Sequence[str] = options.physics
+    envs_package()
+    if not engines:
+        fastest = build_env(pair, "auto").spec.physics
+        engines = tuple(dict.fromkeys((fastest, "mujoco", "mjx"))) if fastest else ("",)
+    envs = {}
+    for engine in engines:
+        try:
+            envs[engine] = build_env(pair, engine)
+        except UserError as error:
+            if options.physics or not envs:
+                raise
+            say(False, f"{engine} is left out: {error}")
+    target = Target(
+        functools.partial(build_env, pair),
+        functools.partial(load_algorithm, pair),
+        tuple(name for name in sys.modules if name.partition(".")[0] in ("envs", "mujoco_playground")),
+    )
+    raw = importlib.import_module("envs.physics.raw").raw_rollout if "mujoco" in envs else lambda env, num_envs: None
+    train_config = settings.build(TrainConfig, settings.values(merged))
+    return Sweep(target, envs, train_config, settings.values(merged, "algo."), raw)
 
 
 def list_names(arguments: list[str]) -> int:

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

@@ -112,9 +112,7 @@ class Recorder:
         """Now, if an epoch has ended by the time its dispatch returned, as on a CPU with callbacks; else None."""
         return time.perf_counter() if all(leaf.is_ready() for leaf in jax.tree.leaves(metrics)) else None
 
-    def epoch(
-        self, iteration: int, metrics: Any, ended: float | None, learner: LearnerState
-    ) -> dict[str, float]:
+    def epoch(self, iteration: int, metrics: Any, ended: float | None, learner: LearnerState) -> dict[str, float]:
         """Waits for an epoch's metrics (`rlx.training.EpochMetrics`), checks that they are finite, returns its row.
 
         `ended`: when it ended, if that is known.

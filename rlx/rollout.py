@@ -26,6 +26,7 @@ class EnvSourceState(NamedTuple):
     pool_obs: PyTree
     returns: jax.Array  # [B] float32: of the running episodes
     lengths: jax.Array  # [B] float32: inner steps
+    cuts: jax.Array  # [B] float32: inner steps after which the first episode is cut; infinite afterwards
 
 
 def where_done(done: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
@@ -58,12 +59,20 @@ def nonfinite_envs(tree: PyTree, name: str) -> dict[str, jax.Array]:
 
 
 def make_source(
-    env: Environment, plan: Plan, reset: Literal["pool", "always"] = "pool", pool_size: int = 128
+    env: Environment,
+    plan: Plan,
+    reset: Literal["pool", "always"] = "pool",
+    pool_size: int = 128,
+    stagger: bool = False,
 ) -> Source:
     """A Source over `plan.num_envs` copies of `env`, each taking `plan.unroll_length` decisions a `collect`.
 
     `reset`: "pool" takes one of `pool_size` prepared states at every ending; "always" runs a true reset for every
     environment at every step and uses it where an episode ended (fresh every time, and slow where a reset is slow).
+
+    `stagger`: cuts each environment's first episode (`truncated`) after a random number of steps up to its time limit.
+    Where nothing else ends them, episodes would otherwise begin together for the whole run, and every trajectory would
+    show one phase of an episode alone: a learner forgets how to start. Cut episodes are left out of EpisodeStats.
     """
     num_envs = plan.num_envs
     params = env.spec.params
@@ -74,12 +83,15 @@ def make_source(
         return reset_envs(jax.random.split(key, pool_size), params)
 
     def init(algorithm: Algorithm, key: Key) -> EnvSourceState:
-        env_key, memory_key = jax.random.split(key)
+        env_key, memory_key, cut_key = jax.random.split(key, 3)
         env_state, obs = reset_envs(jax.random.split(env_key, num_envs), params)
         memory = jax.vmap(algorithm.memory)(jax.random.split(memory_key, num_envs))
         zeros = jnp.zeros(num_envs, jnp.float32)
         pool_env, pool_obs = jax.tree.map(lambda x: x[:pool_size], (env_state, obs))  # until the first refresh
-        return EnvSourceState(env_state, obs, memory, pool_env, pool_obs, zeros, zeros)
+        cuts = jnp.full(num_envs, jnp.inf, jnp.float32)
+        if stagger and env.spec.episode_length:
+            cuts = jax.random.randint(cut_key, (num_envs,), 1, env.spec.episode_length + 1).astype(jnp.float32)
+        return EnvSourceState(env_state, obs, memory, pool_env, pool_obs, zeros, zeros, cuts)
 
     def refresh(state: EnvSourceState, key: Key) -> EnvSourceState:
         pool_env, pool_obs = draw_pool(key)
@@ -95,24 +107,26 @@ def make_source(
         reset_key, memory_key = jax.random.split(key)
         new_env, new_obs = new_episodes(state, reset_key)
         new_memory = jax.vmap(algorithm.memory)(jax.random.split(memory_key, num_envs))
-        zeros = jnp.zeros_like(state.returns)
-        fresh = (new_env, new_obs, new_memory, zeros, zeros)
-        running = (state.env, state.obs, state.memory, state.returns, state.lengths)
-        env_state, obs, memory, returns, lengths = where_done(done, fresh, running)
-        return EnvSourceState(env_state, obs, memory, state.pool_env, state.pool_obs, returns, lengths)
+        zeros, never = jnp.zeros_like(state.returns), jnp.full_like(state.cuts, jnp.inf)
+        fresh = (new_env, new_obs, new_memory, zeros, zeros, never)
+        running = (state.env, state.obs, state.memory, state.returns, state.lengths, state.cuts)
+        env_state, obs, memory, *counts = where_done(done, fresh, running)
+        return EnvSourceState(env_state, obs, memory, state.pool_env, state.pool_obs, *counts)
 
     def collect(algorithm: Algorithm, policy: Policy, state: EnvSourceState, key: Key):
         def step(state: EnvSourceState, key: Key):
             act_key, step_key, reset_key = jax.random.split(key, 3)
             memory, action, extras = algorithm.act(policy, state.memory, state.obs, act_key, "explore")
             env_state, timestep = jax.vmap(env.step)(state.env, action, jax.random.split(step_key, num_envs))
-            terminated, truncated = timestep.terminated, timestep.truncated & ~timestep.terminated
-            next_obs = timestep.final_obs
-            transition = Transition(state.obs, action, timestep.reward, terminated, truncated, next_obs, extras)
             returns, lengths = state.returns + team_reward(timestep), state.lengths + inner_steps(timestep)
+            terminated, next_obs = timestep.terminated, timestep.final_obs
+            whole = terminated | timestep.truncated
+            done = whole | (lengths >= state.cuts)
+            transition = Transition(
+                state.obs, action, timestep.reward, terminated, done & ~terminated, next_obs, extras
+            )
             state = state._replace(env=env_state, obs=next_obs, memory=memory, returns=returns, lengths=lengths)
-            done = terminated | truncated
-            ended = done.astype(jnp.float32)
+            ended = whole.astype(jnp.float32)
             info = {k: v.astype(jnp.float32).mean() for k, v in timestep.info.items() if k != "steps"}
             sums = EpisodeStats(ended.sum(), (ended * returns).sum(), (ended * lengths).sum(), info, {})
             # Most steps end no episode: then neither the pool is read nor the physics state copied.

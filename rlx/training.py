@@ -37,6 +37,7 @@ class TrainConfig:
     eval_decisions: int = 0  # cut of an episode without an ending; 0: the environment's time limit
     reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of states drawn once an epoch, or anew
     reset_pool_size: int = 128  # states in that pool
+    stagger: bool = True  # cut first episodes at random, so that environments do not start all later ones together
     num_checkpoints: int = 10  # saves, evenly spaced, the last at the end
     keep_checkpoints: int = 2  # whole ones kept beside the best policy
 
@@ -288,7 +289,7 @@ def compile_run(
 ) -> Programs:
     """Everything a run needs, compiled ahead of the first step."""
     check_environment(env)
-    source = make_source(env, schedule.plan, config.reset, config.reset_pool_size)
+    source = make_source(env, schedule.plan, config.reset, config.reset_pool_size, config.stagger)
     evaluate = None
     if config.num_evals:
         evaluate = make_evaluate(env, algorithm, config.eval_episodes, "greedy", config.eval_decisions)

@@ -261,6 +261,16 @@ def test_a_checkpoint_of_another_shape_names_the_first_leaf_that_differs(make, o
         checkpointer.restore(abstract(other))
 
 
+def test_a_part_of_what_was_saved_can_be_restored_alone(make):
+    checkpointer = saved(make, 10)
+    part = abstract({"key": jax.random.key(0)})
+    restored, step = checkpointer.restore(part, partial=True)
+    assert step == 10
+    assert_same(restored, {"key": small(10)["key"]})
+    with pytest.raises(UserError, match=r"\['x'\]: found nothing"):
+        checkpointer.restore(abstract({"x": jnp.zeros(2)}), partial=True)
+
+
 def test_a_checkpoint_of_another_algorithm_is_refused_by_name(make):
     saved(make, 10, metadata={"algorithm": "sac", "env": "probe/one", "note": 1})
     with pytest.raises(UserError, match="algorithm = 'sac', not 'ppo'"):

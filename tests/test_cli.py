@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlx import cli
@@ -241,6 +242,27 @@ def test_resume_says_what_changed_or_is_missing(pair, capsys):
     Path("my_algo.py").unlink()
     status, _, err = run(capsys, "resume", "a")
     assert status == 2 and "my_algo.py' does not exist" in err
+
+
+@pytest.mark.slow
+def test_a_policy_trained_on_one_engine_is_evaluated_on_another_and_resumed_on_its_own(tmp_path, capsys):
+    """The run records the engine that "auto" chose; the environments' state differs between engines, the policy not."""
+    run = str(tmp_path / "run")
+    sizes = ["--total-steps", "2048", "--num-envs", "8", "--env.episode_length", "50", "--num-checkpoints", "1"]
+    assert (
+        cli.main(["train", "ppo", "playground/CartpoleBalance", "--run-dir", run, *sizes, "--eval-episodes", "8"]) == 0
+    )
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["physics"] == "mujoco"
+    entries = {}
+    for physics in ("mujoco", "mjx"):
+        assert cli.main(["evaluate", run, "--episodes", "32", "--physics", physics]) == 0
+        entries[physics] = json.loads((tmp_path / "run" / "eval.json").read_text())
+        assert entries[physics]["physics"] == physics
+    # The same starts, smooth dynamics, 50 steps: the returns agree one by one, not only in the mean.
+    np.testing.assert_allclose(entries["mujoco"]["returns"], entries["mjx"]["returns"], rtol=1e-3)
+    assert cli.main(["evaluate", run, "--physics", "mjxx"]) == 2
+    assert "Did you mean mjx" in capsys.readouterr().err
+    assert cli.main(["resume", run]) == 0
 
 
 def test_a_module_of_the_working_directory_serves_too(pair, capsys):

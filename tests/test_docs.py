@@ -19,13 +19,25 @@ def blocks(document: str) -> list[str]:
 
 def test_the_examples_of_contributing_train_together(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    algorithm, env = blocks("CONTRIBUTING.md")
+    algorithm, env, _ = blocks("CONTRIBUTING.md")
     Path("my_idea.py").write_text(algorithm)
     Path("my_env.py").write_text(env)
     assert cli.main(["train", "my_idea.py", "my_env.py:make", *TINY, "--run-dir", "a"]) == 0, capsys.readouterr().err
     assert cli.main(["train", "ppo", "my_env.py:make", *TINY, "--run-dir", "b"]) == 0, capsys.readouterr().err
     assert cli.main(["train", "my_idea.py", "probe/memory", *TINY, "--run-dir", "c"]) == 2
     assert "continuous" in capsys.readouterr().err
+
+
+def test_the_randomised_model_of_contributing_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my_worlds.py").write_text(blocks("CONTRIBUTING.md")[2])
+    arguments = ["--env.randomize", "my_worlds.py:draw", "--env.randomize-variants", "64", "--env.episode-length", "20"]
+    arguments += ["--physics", "mujoco", "--run-dir", "a"]
+    assert cli.main(["train", "ppo", "playground/PointMass", *TINY, *arguments]) == 0, capsys.readouterr().err
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert cli.main(["evaluate", "../a", "--episodes", "4"]) == 0, capsys.readouterr().err
 
 
 def test_the_python_of_readme_runs():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from envs.wrappers import TimeLimit
 from rlx.algorithm import Plan
 from rlx.rollout import make_source, nonfinite_envs, where_done
 from rlx.types import Box, Spec, TimeStep
@@ -140,3 +143,36 @@ def test_no_key_is_consumed_twice_anywhere_in_a_collect():
     with jax.debug_key_reuse(True):
         state = jax.jit(lambda key: source.init(algorithm, key))(jax.random.key(0))
         jax.jit(lambda state, key: source.collect(algorithm, policy, state, key))(state, jax.random.key(1))
+
+
+def staggered(env, num_envs=64, length=40):
+    plan = PLAN._replace(num_envs=num_envs, unroll_length=length)
+    algorithm = constant_algorithm(plan)
+    source = make_source(env, plan, stagger=True)
+    state = source.init(algorithm, jax.random.key(0))
+    return state, *source.collect(algorithm, algorithm.init(jax.random.key(9)), state, jax.random.key(1))
+
+
+def test_a_staggered_first_episode_is_cut_once_as_a_truncation_and_later_ones_are_whole():
+    length = 10
+    start, state, trajectory, stats = staggered(TimeLimit(Counter(1000), length))
+    cuts = np.asarray(start.cuts).astype(int)
+    assert set(cuts) == set(range(1, length + 1))  # 64 draws of 10: all there
+    assert not np.asarray(trajectory.terminated).any()
+    for env, cut in enumerate(cuts):
+        ends = np.flatnonzero(trajectory.truncated[:, env]) + 1
+        np.testing.assert_array_equal(ends, np.arange(cut, 41, length))
+    t = np.asarray(trajectory.next_obs[..., 1])
+    assert t[cuts - 1, np.arange(64)].tolist() == cuts.tolist()  # the true successor at the cut
+    assert np.isinf(np.asarray(state.cuts)).all()
+    # Statistics are those of whole episodes: a first one that was cut at its limit counts, a shorter one does not.
+    whole = sum((40 - cut) // length + (cut == length) for cut in cuts)
+    assert float(stats.episodes) == whole
+    assert float(stats.lengths) == whole * length
+
+
+def test_without_a_time_limit_nothing_is_cut():
+    endless = Counter(3)
+    endless.spec = dataclasses.replace(endless.spec, episode_length=None)
+    start, *_ = staggered(endless)
+    assert np.isinf(np.asarray(start.cuts)).all()

@@ -51,6 +51,14 @@ class Engine(Protocol):
         """`substeps` steps of `model.opt.timestep` seconds under the controls `ctrl` [nu]."""
         ...
 
+    def detach(self, data: mjx.Data) -> mjx.Data:
+        """What of `data` is one simulation's own, to be kept between steps: every leaf has a batch axis under vmap."""
+        ...
+
+    def attach(self, data: mjx.Data) -> mjx.Data:
+        """Undoes `detach`, before `forward` or `step`."""
+        ...
+
     def diverged(self, data: mjx.Data) -> jax.Array:
         """() bool: whether the last step failed. What `data` then holds is of no use: the episode must end."""
         ...

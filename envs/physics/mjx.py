@@ -28,5 +28,13 @@ class MJX:
     def step(self, model: mjx.Model, data: mjx.Data, ctrl: jax.Array, substeps: int) -> mjx.Data:
         return jax.lax.fori_loop(0, substeps, lambda _, d: mjx.step(model, d.replace(ctrl=ctrl)), data)
 
+    def detach(self, data: mjx.Data) -> mjx.Data:
+        # Warp's contacts and the like are lists that all simulations of a batch share; each step fills them anew.
+        return data.replace(_impl=None) if self.name == "warp" else data
+
+    def attach(self, data: mjx.Data) -> mjx.Data:
+        return data.replace(_impl=self.make_data()._impl) if self.name == "warp" else data
+
     def diverged(self, data: mjx.Data) -> jax.Array:
-        return ~(jnp.isfinite(data.qpos).all() & jnp.isfinite(data.qvel).all())
+        in_range = [(jnp.abs(x) <= mujoco.mjMAXVAL).all() for x in (data.qpos, data.qvel)]  # False for nan
+        return ~(in_range[0] & in_range[1])

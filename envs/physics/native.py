@@ -1,25 +1,22 @@
 """MuJoCo's own C code on a thread pool of the CPU, as a pure function inside a JAX program.
 
 A callback hands the batch of physics states to `mujoco.batch.Batch`: MuJoCo's integration state (time, positions,
-velocities, activations, warm start, controls, applied forces, equality switches, mocap bodies, user data) as one float32
-row an environment. Rows come back with those derived fields that the environment reads. Nothing is kept between calls but
-scratch memory, so `jit`, `scan`, `vmap`, donation and bit-exact resume hold, at any number of threads; the result is that of a
-loop over `mj_step` whose state is rounded to float32 after each control step.
+velocities, activations, warm start, controls, applied forces, equality switches, mocap bodies, user data) as one
+float32 row an environment. Rows come back with those derived fields that the environment reads. Nothing is kept between
+calls but scratch memory, so `jit`, `scan`, `vmap`, donation and bit-exact resume hold, at any number of threads; the
+result is that of a loop over `mj_step` whose state is rounded to float32 after each control step.
 
 A simulation that MuJoCo gives up (an error, or positions, velocities, accelerations or controls that are not finite or
 huge) keeps the state it came with and is marked (`diverged`); the others go on.
 
-On a CPU `buffer_callback` reads and writes XLA's own memory; `pure_callback`, which serves learners on an accelerator, goes
-through `jax.device_put`, which on a CPU costs copies and can deadlock (jax issues 24255 and 25861).
+On a CPU `buffer_callback` reads and writes XLA's own memory; `pure_callback`, which serves learners on an accelerator,
+goes through `jax.device_put`, which on a CPU costs copies and can deadlock (jax issues 24255 and 25861).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,32 +26,35 @@ import mujoco
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 from mujoco import mjx
-from mujoco.batch import DATA_FIELDS, MODEL_FIELDS, Batch, SimulationError
+from mujoco.batch import DATA_FIELDS, MODEL_FIELDS
 
 from envs.physics import IMPLEMENTATIONS
+from envs.physics.batches import Batches
 from rlx.errors import UserError
 from rlx.machine import usable_cores
 
 # The parts of MuJoCo's integration state, in its order.
-STATE = ("time", "qpos", "qvel", "act", "history", "qacc_warmstart", "ctrl", "qfrc_applied", "xfrc_applied")
-STATE += ("eq_active", "mocap_pos", "mocap_quat", "userdata", "plugin_state")
+STATE = (
+    *("time", "qpos", "qvel", "act", "history", "qacc_warmstart", "ctrl", "qfrc_applied", "xfrc_applied"),
+    *("eq_active", "mocap_pos", "mocap_quat", "userdata", "plugin_state"),
+)
 MATRICES = ("xmat", "ximat", "geom_xmat", "site_xmat", "cam_xmat")  # [n, 9] in C, [n, 3, 3] in MJX
-FATAL = [int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{what}")) for what in ("QPOS", "QVEL", "QACC", "CTRL")]
-# Of what mj_setConst derives from a model, C alone relies on these; the rest MJX keeps at the nominal model's values.
-FOLLOWING = ("body_subtreemass", "dof_M0", "body_sameframe", "geom_sameframe", "site_sameframe")
-NOMINAL = (MODEL_FIELDS & {f.name for f in dataclasses.fields(mjx.Model)}) - {*FOLLOWING}
+
+NEVER_COMPUTED = ("qfrc_inverse",)  # by a step: a batch's scratch memory would show through
 
 
 class UnboundField(UserError):
     """A derived field was read that the engine was not told to compute. `field` names it."""
 
     def __init__(self, field: str):
-        super().__init__(f"data.{field} is not computed: bind it before tracing (Native.bind).")
+        super().__init__(
+            f"data.{field} is not computed on physics = 'mujoco': call bind({field!r}) of the engine first."
+        )
         self.field = field
 
 
 @jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Unbound:
     """Stands for a derived field that is not computed: a pytree without leaves whose every use raises UnboundField."""
 
@@ -77,7 +77,11 @@ def _use(self: Unbound, *arguments: Any) -> Any:
     raise UnboundField(self.field)
 
 
-for _operator in "getitem len iter bool float add radd sub rsub mul rmul truediv rtruediv pow neg abs matmul rmatmul".split():
+_ARITHMETIC = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or".split()
+_OTHERS = (
+    "lt le eq ne gt ge neg pos abs invert round bool int float complex index len iter contains getitem array".split()
+)
+for _operator in (*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), *_OTHERS):
     setattr(Unbound, f"__{_operator}__", _use)
 
 
@@ -129,22 +133,25 @@ class Native:
         width = mujoco.mj_stateSize(mj_model, mujoco.mjtState.mjSTATE_INTEGRATION)
         if self._state[-1].stop != width:
             raise UserError("the native engine cannot carry this model's state: it has parts that mjx.Data has not.")
-        self._derivable = [
-            f.name for f in dataclasses.fields(mjx.Data) if f.name in DATA_FIELDS and f.name not in STATE
-        ]
-        self._batches = BatchPool(mj_model, threads)
+        public = {f.name for f in dataclasses.fields(mjx.Data)}
+        self._derivable = sorted(DATA_FIELDS & public - {*STATE, *NEVER_COMPUTED})
+        devices = len(jax.local_devices(backend="cpu"))
+        self.threads = threads or max(1, usable_cores() // devices)
+        self._batches = Batches(mj_model, self.threads)
 
     def bind(self, *fields: str) -> None:
         """Computes these derived fields too from now on. Raises UserError for one that MuJoCo does not have."""
         for field in fields:
             if field not in self._derivable:
-                raise UserError(f"data.{field} is not a derived field of MuJoCo's; there are {', '.join(self._derivable)}.")
+                raise UserError(
+                    f"data.{field} is not a derived field of MuJoCo's; there are {', '.join(self._derivable)}."
+                )
         self.fields = tuple(sorted({*self.fields, *fields}))
 
     def make_data(self, **fields: Any) -> mjx.Data:
         state = {p.name: jnp.asarray(getattr(self._like, p.name), p.dtype).reshape(p.shape) for p in self._state}
         derived = layout(self.fields, self._like)
-        values = {f.name: Unbound(f.name) for f in dataclasses.fields(mjx.Data)}
+        values: dict[str, Any] = {f.name: Unbound(f.name) for f in dataclasses.fields(mjx.Data)}
         values |= state | {p.name: jnp.zeros(p.shape, p.dtype) for p in derived}
         values["_impl"] = NativeData(jnp.zeros((), bool))
         return mjx.Data(**values).replace(**fields)
@@ -154,6 +161,12 @@ class Native:
 
     def step(self, model: mjx.Model, data: mjx.Data, ctrl: jax.Array, substeps: int) -> mjx.Data:
         return self._call(model, data.replace(ctrl=ctrl), substeps)
+
+    def detach(self, data: mjx.Data) -> mjx.Data:
+        return data
+
+    def attach(self, data: mjx.Data) -> mjx.Data:
+        return data
 
     def diverged(self, data: mjx.Data) -> jax.Array:
         return data._impl.diverged
@@ -166,68 +179,34 @@ class Native:
         derived = layout(self.fields, self._like, width)
         row = jax.ShapeDtypeStruct((derived[-1].stop if derived else width,), jnp.float32)
         overrides = replaced(self.model, model)
-        simulate = functools.partial(self._simulate, substeps, self.fields, tuple(overrides))
-        out, failed = without_gradient(host_call(simulate, (row, jax.ShapeDtypeStruct((), bool))))(
-            state, *overrides.values()
-        )
+        run = functools.partial(self._batches.run, substeps, self.fields, tuple(overrides))
+        host_call = through_buffers if jax.default_backend() == "cpu" else through_copies
+        simulate = without_gradient(host_call(run, (row, jax.ShapeDtypeStruct((), bool))))
+        out, failed = simulate(state, *overrides.values())
         fields = {p.name: out[p.start : p.stop].reshape(p.shape).astype(p.dtype) for p in (*self._state, *derived)}
         return data.replace(**fields, _impl=NativeData(failed))
 
-    def _simulate(
-        self,
-        substeps: int,
-        fields: tuple[str, ...],
-        overridden: tuple[str, ...],
-        out: np.ndarray,
-        failed: np.ndarray,
-        state: np.ndarray,
-        *overrides: np.ndarray,
-    ) -> None:
-        """On the host: rows `state` [..., W] -> `out` [..., W + D], `failed` [...]. NumPy alone: see the module."""
-        state, out, failed = (x.reshape(-1, *x.shape[-1:]) for x in (state, out, failed[..., None]))
-        size, width = state.shape
-        with self._batches.take(size, overridden) as batch:
-            batch.state[...] = state
-            batch.warning[...] = 0
-            if overrides:
-                write_overrides(batch, overridden, [x.reshape(size, -1) for x in overrides])
-            try:
-                if substeps:
-                    batch.step(nstep=substeps)
-                else:
-                    batch.forward()
-            except SimulationError:
-                pass  # `status` tells which
-            out[:, :width] = batch.state
-            start = width
-            for field in fields:
-                values = batch.bind(field).reshape(size, -1)
-                out[:, start : start + values.shape[1]] = values
-                start += values.shape[1]
-            bad = (batch.status != 0) | (batch.warning[:, FATAL, -1] > 0).any(axis=1)
-            failed[:, 0] = bad
-            if bad.any():
-                out[bad, :width] = state[bad]
-                out[bad, width:] = 0
+
+def through_buffers(simulate: Callable[..., None], result: Any) -> Callable[..., Any]:
+    """`simulate(*outputs, *inputs)`, which writes into its outputs, as a function of JAX arrays; on the CPU alone."""
+
+    def call(context: Any, out: Any, *arguments: Any) -> None:
+        simulate(*map(np.asarray, out), *map(np.asarray, arguments))
+
+    return buffer_callback(call, result, vmap_method="broadcast_all")
 
 
-def host_call(simulate: Callable[..., None], result: Any) -> Callable[..., Any]:
-    """`simulate(*outputs, *inputs)`, which writes into its outputs, as a function of JAX arrays."""
-    if jax.default_backend() == "cpu":
+def through_copies(simulate: Callable[..., None], result: Any) -> Callable[..., Any]:
+    """As `through_buffers`, on any device."""
 
-        def call(context: Any, out: Any, *arguments: Any) -> None:
-            simulate(*map(np.asarray, out), *map(np.asarray, arguments))
-
-        return buffer_callback(call, result, vmap_method="broadcast_all")
-
-    def allocate(*arguments: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         arrays = [np.asarray(x) for x in arguments]
         lead = arrays[0].shape[:-1]
         out = tuple(np.empty(lead + like.shape, like.dtype) for like in result)
         simulate(*out, *arrays)
         return out
 
-    return lambda *arguments: jax.pure_callback(allocate, result, *arguments, vmap_method="broadcast_all")
+    return lambda *arguments: jax.pure_callback(call, result, *arguments, vmap_method="broadcast_all")
 
 
 def without_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,61 +230,9 @@ def replaced(base: mjx.Model, model: mjx.Model) -> dict[str, jax.Array]:
                 continue
             name = prefix + field.name
             if name not in MODEL_FIELDS:
-                raise UserError(f"model field {name} cannot differ between environments on physics = 'mujoco'.")
+                raise UserError(
+                    f"model field {name} cannot differ between environments on physics = 'mujoco'. (A model that is "
+                    "an argument of a jitted function differs in every field: override some of engine.model instead.)"
+                )
             found[name] = jnp.asarray(value)
     return found
-
-
-def write_overrides(batch: Batch, names: Sequence[str], values: Sequence[np.ndarray]) -> None:
-    """Gives each simulation its own `values` [n, ...] of the model fields `names`.
-
-    What only C derives from them follows; what MJX does not derive either keeps the nominal model's values.
-    """
-    changed = np.zeros(batch.nsim, bool)
-    for name, value in zip(names, values, strict=True):
-        own = batch.expand(name).reshape(batch.nsim, -1)
-        value = value.reshape(batch.nsim, -1).astype(own.dtype)
-        changed |= (own != value).any(axis=1)
-        own[...] = value
-    inputs = set(mujoco.MjModel._setconst_inputs)
-    if changed.any() and any(name in inputs or name.startswith("opt.") for name in names):
-        batch.set_const(changed)
-        for name in NOMINAL.difference(names):
-            if batch.expanded(name) is not None:
-                batch.expand(name)[...] = getattr(batch.model, name)
-
-
-class BatchPool:
-    """Scratch batches by size, so that calls at the same time (one a device) do not meet."""
-
-    def __init__(self, model: mujoco.MjModel, threads: int):
-        self._model, self._lock = model, threading.Lock()
-        self._threads = threads or max(1, usable_cores() // len(jax.local_devices(backend="cpu")))
-        self._free: dict[Any, list[Batch]] = {}
-
-    def take(self, size: int, overridden: tuple[str, ...]) -> Any:
-        """A context with a batch of `size` simulations, whose fields `overridden` are its own."""
-        return _Taken(self, (os.getpid(), size, overridden))  # the threads of a batch do not survive a fork
-
-    def pop(self, key: tuple[int, int, tuple[str, ...]]) -> Batch:
-        with self._lock:
-            free = self._free.setdefault(key, [])
-            if free:
-                return free.pop()
-        return Batch(self._model, key[1], self._threads)
-
-    def push(self, key: tuple[int, int, tuple[str, ...]], batch: Batch) -> None:
-        with self._lock:
-            self._free[key].append(batch)
-
-
-class _Taken:
-    def __init__(self, pool: BatchPool, key: tuple[int, int, tuple[str, ...]]):
-        self._pool, self._key = pool, key
-
-    def __enter__(self) -> Batch:
-        self._batch = self._pool.pop(self._key)
-        return self._batch
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.push(self._key, self._batch)
