@@ -21,8 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-train: install  ## PPO on playground/CartpoleSwingup, into a new folder of runs/
-	$(BIN)/rlx train ppo playground/CartpoleSwingup
+train: install  ## PPO on playground/CheetahRun, into a new folder of runs/
+	$(BIN)/rlx train ppo playground/CheetahRun
 
 test: install  ## everything that is not slow
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"

@@ -81,7 +81,7 @@ def check_parity(native, xla, median, nine_of_ten, worst):
 
 # Free motion differs by the rounding of float32 alone, 1e-6 in a step of two substeps; where a pendulum is at its stop,
 # by the solver's tolerance as well: 4e-5 was the worst.
-@pytest.mark.parametrize("name", ["inverted_pendulum", "reacher"])
+@pytest.mark.parametrize("name", ["inverted_pendulum", pytest.param("reacher", marks=pytest.mark.slow)])
 def test_one_step_is_that_of_brax_on_mjx(name):
     check_parity(adapter(name, "mujoco"), adapter(name, "mjx"), 2e-6, 1e-5, 3e-4)
 
@@ -235,7 +235,7 @@ def test_contacts_are_refused_on_the_native_engine():
         jax.eval_shape(lambda key: env.reset(key, {})[0].task.pipeline_state.contact.dist, KEY)
 
 
-@pytest.mark.parametrize("engine", ["mujoco", "mjx"])
+@pytest.mark.parametrize("engine", ["mujoco", pytest.param("mjx", marks=pytest.mark.slow)])
 def test_a_simulation_that_diverges_ends_its_episode(engine):
     env = adapter("inverted_pendulum", engine)
     state, obs = jax.jit(env.reset)(KEY, {})

@@ -154,7 +154,7 @@ def first_steps(name, engine, action, randomize):
     return state.env.overrides, before, jax.jit(jax.vmap(env.step))(state, actions, keys)[1].obs
 
 
-@pytest.mark.parametrize("engine", ["mujoco", "mjx"])
+@pytest.mark.parametrize("engine", ["mujoco", pytest.param("mjx", marks=pytest.mark.slow)])
 def test_a_draw_reaches_the_physics_of_playground(engine):
     """From rest, one step of 0.02 s: v = (F / m + g) dt."""
     overrides, _, after = first_steps("playground/PointMass", engine, (1.0, -0.5), mass_and_gravity)
@@ -164,7 +164,7 @@ def test_a_draw_reaches_the_physics_of_playground(engine):
     np.testing.assert_allclose(after[:, 2:], expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("engine", ["mujoco", "mjx"])
+@pytest.mark.parametrize("engine", ["mujoco", pytest.param("mjx", marks=pytest.mark.slow)])
 def test_a_draw_reaches_the_physics_of_brax(engine):
     """Under gravity along the rail cart and pole fall together, whatever they weigh: the pole turns as it did."""
     overrides, before, after = first_steps("brax/inverted_pendulum", engine, (0.0,), rail_and_mass)

@@ -156,7 +156,7 @@ PRESETS = [(env, algorithm) for env, table in settings.presets().items() for alg
 
 
 def test_presets_ship_with_the_package():
-    assert ("playground/CartpoleSwingup", "ppo") in PRESETS and ("gymnax/*", "ppo") not in PRESETS
+    assert ("playground/WalkerWalk", "ppo") in PRESETS and ("gymnax/*", "ppo") not in PRESETS
 
 
 @pytest.mark.parametrize("env, algorithm", PRESETS)
