@@ -135,7 +135,7 @@ class BraxMJX:
             task, timestep = self._brax.step(state.task, action, key)
         self._check_engine(task)
         timestep = end_diverged(timestep, self.engine.diverged(task.pipeline_state), state.task.obs)
-        return BraxState(task, state.overrides), timestep
+        return BraxState(task.replace(obs=timestep.obs), state.overrides), timestep
 
     def _check_engine(self, state: brax.envs.State) -> None:
         if isinstance(state.pipeline_state._impl, NativeData) != (self.engine.name == "mujoco"):

@@ -203,7 +203,8 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     with menagerie_at(menagerie), building(full_name):
         env = registry.load(name, config=config, config_overrides=changes)
         threads = options.rest.get("physics_threads", 0)
-        engine = engines.make(engine_name, env.mj_model, env.mjx_model, threads)
+        sizes = {name: config[name] for name in ("naconmax", "njmax") if name in config}
+        engine = engines.make(engine_name, env.mj_model, env.mjx_model, threads, sizes)
         randomizer = registry.get_domain_randomizer(name)
         adapted = randomized(full_name, Playground(env, engine), engine.model, options.rest, randomizer)
         adapted = FixedPoint(bind_fields(adapted, engine))

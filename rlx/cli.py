@@ -182,7 +182,7 @@ def train(arguments: list[str]) -> int:
             pair = pair._replace(physics=env.spec.physics or pair.physics)  # "auto" may be another one elsewhere
             say(quiet or not env.spec.physics, f"physics: {env.spec.physics}")
             start = options.from_run and str(Path(options.from_run).absolute())
-            policy = start_policy(start)
+            policy = start_policy(start, pair.physics)
         record = {**describe(pair), "from": start, "wandb": options.wandb}
         record["command"] = shlex.join(["rlx", "train", *arguments])
         record["settings"] = {key: {"value": s.value, "from": s.origin} for key, s in merged.items()}
@@ -254,13 +254,13 @@ def load_run(run_dir: str, physics: str = "") -> LoadedRun:
     return LoadedRun(directory, pair, env, module, train_config, config)
 
 
-def start_policy(run_dir: str | None) -> Any:
-    """The policy that `--from` names, or None."""
+def start_policy(run_dir: str | None, physics: str) -> Any:
+    """The policy that `--from` names, or None. Its environment is built on the engine of the run that begins."""
     from rlx.training import load_policy
 
     if not run_dir:
         return None
-    run = load_run(run_dir)
+    run = load_run(run_dir, physics)
     return load_policy(run_dir, run.env, run.module, run.train_config, run.config)[1]
 
 
@@ -278,7 +278,7 @@ def resume(arguments: list[str]) -> int:
             from rlx.checkpoint import Checkpointer
 
             start = recorded.get("from") if Checkpointer(run.directory.checkpoints_path).empty() else None
-            policy = start_policy(start)
+            policy = start_policy(start, run.pair.physics)
         now = versions()
         other = [f"{k} {was} then, {now.get(k, 'missing')} now" for k, was in recorded["versions"].items()]
         other = [text for text, (k, was) in zip(other, recorded["versions"].items(), strict=True) if now.get(k) != was]
@@ -318,7 +318,7 @@ def evaluate(arguments: list[str]) -> int:
             play = jax.jit(make_evaluate(run.env, algorithm, options.episodes, options.mode, decisions))
             _, _, _, key = jax.random.split(jax.random.key(seed), 4)  # the fourth, as in training
             result = jax.device_get(play(policy, key))
-    entry = {"step": step, "mode": options.mode, "seed": seed, "best": options.best, "physics": run.pair.physics}
+    entry = {"step": step, "mode": options.mode, "seed": seed, "best": options.best, "physics": run.env.spec.physics}
     entry |= {"returns": result.returns.tolist(), "lengths": result.lengths.tolist()}
     if options.mode == "greedy":
         write_atomically(run.directory.path / "eval.json", json.dumps(entry) + "\n")
@@ -342,15 +342,15 @@ def plot(arguments: list[str]) -> int:
 
 def benchmark(arguments: list[str]) -> int:
     """`rlx benchmark ENV [ALGORITHM]`."""
-    from rlx import benchmark as measuring
+    from rlx import benchmark as benchmarking
 
-    options = measuring.parse(arguments)
+    options = benchmarking.parse(arguments)
     pair = find_pair(options.algorithm or "ppo", options.env)  # without ALGORITHM: how long ppo's runs and unrolls are
     with Progress() as shown:
         with shown.phase("building"):
             sweep = build_sweep(options, pair)
-        result = measuring.measure(options, sweep, shown)
-    measuring.show(result)
+        result = benchmarking.measure(options, sweep, shown)
+    benchmarking.show(result)
     if options.out:
         write_atomically(options.out, json.dumps(result, indent=1) + "\n")
     return 0

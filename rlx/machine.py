@@ -1,4 +1,4 @@
-"""What this machine has. Free of jax until it is asked for devices."""
+"""What this machine has. Free of jax."""
 
 from __future__ import annotations
 

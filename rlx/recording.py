@@ -108,7 +108,8 @@ class Recorder:
         self._last_iteration = iteration
         self._started = self._last_ready = time.perf_counter()
 
-    def time_if_ready(self, metrics: Any) -> float | None:
+    @staticmethod
+    def time_if_ready(metrics: Any) -> float | None:
         """Now, if an epoch has ended by the time its dispatch returned, as on a CPU with callbacks; else None."""
         return time.perf_counter() if all(leaf.is_ready() for leaf in jax.tree.leaves(metrics)) else None
 
@@ -146,7 +147,8 @@ class Recorder:
         returns, lengths = np.asarray(result.returns), np.asarray(result.lengths)
         step = self.step(iteration)
         if self._directory:
-            entry = {"step": step, "mode": "greedy", "returns": returns.tolist(), "lengths": lengths.tolist()}
+            entry = {"step": step, "mode": "greedy", "physics": self._directory.config.get("physics", "")}
+            entry |= {"returns": returns.tolist(), "lengths": lengths.tolist()}
             write_atomically(self._directory.path / "eval.json", json.dumps(entry))
         if self._checkpointer:
             self._checkpointer.save_best(step, policy, float(returns.mean()))
@@ -204,7 +206,7 @@ def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -
     """Raises UserError where a run is to be resumed with other settings than it was begun with."""
     given = json.loads(json.dumps(given))
     for name in ("algorithm", "env", "physics"):
-        require(recorded[name] == given[name], name, given[name], f"the run to resume is of {recorded[name]!r}")
+        require(recorded.get(name, "") == given[name], name, given[name], f"the run to resume is of {recorded[name]!r}")
     for part in ("train", "algo", "plan"):
         for name, value in given[part].items():
             old = recorded.get(part, {}).get(name, value)

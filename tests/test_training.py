@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import envs
 from rlx import training
 from rlx.algorithm import Plan
 from rlx.algorithms import ppo
@@ -172,6 +173,21 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(tmp_path, stop_after)
     assert json.loads((tmp_path / "whole/eval.json").read_text()) == json.loads(
         (tmp_path / "part/eval.json").read_text()
     )
+
+
+def test_a_run_on_native_physics_resumes_bit_for_bit(tmp_path):
+    """Under randomised models, so that overrides, staggered cuts and the pool are part of what is restored."""
+
+    def heavier(key, model):
+        return {"body_mass": model.body_mass * jax.random.uniform(key, (), minval=1.0, maxval=2.0)}
+
+    env = envs.make("playground/PointMass", physics="mujoco", episode_length=9, randomize=heavier)
+    whole = run(tmp_path / "whole", env=env)
+    part = run(tmp_path / "part", env=env, on_epoch=lambda row: row["step"] > 0)
+    assert part.interrupted
+    rest = run(tmp_path / "part", env=env, resume=True)
+    assert_same_state(whole.state, rest.state)
+    assert np.ptp(whole.state.source.env.env.overrides["body_mass"][:, 1]) > 0
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):

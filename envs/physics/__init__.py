@@ -15,7 +15,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from rlx.errors import UserError, unknown
 
@@ -60,7 +63,7 @@ class Engine(Protocol):
         ...
 
     def diverged(self, data: mjx.Data) -> jax.Array:
-        """() bool: whether the last step failed. What `data` then holds is of no use: the episode must end."""
+        """() bool: whether a call since `make_data` failed. The episode must end: `data` is of no use any more."""
         ...
 
 
@@ -84,12 +87,18 @@ def resolve(physics: str) -> str:
     return "warp" if warp and platform == "gpu" else "mjx"
 
 
-def make(physics: str, mj_model: mujoco.MjModel, model: mjx.Model | None = None, threads: int = 0) -> Engine:
+def make(
+    physics: str,
+    mj_model: mujoco.MjModel,
+    model: mjx.Model | None = None,
+    threads: int = 0,
+    sizes: Mapping[str, int] = MappingProxyType({}),
+) -> Engine:
     """An engine for `mj_model`.
 
     `model`: the engine's own form of it, where the caller has that already. `threads`: of the native engine; 0 for all
-    cores. Raises UserError for an engine that cannot be had, ValueError or NotImplementedError out of MJX for a model
-    that it cannot simulate.
+    cores. `sizes`: Warp's (`envs.physics.mjx.MJX`). Raises UserError for an engine that cannot be had, ValueError or
+    NotImplementedError out of MJX for a model that it cannot simulate.
     """
     name = resolve(physics)
     if name == "mujoco":
@@ -98,7 +107,7 @@ def make(physics: str, mj_model: mujoco.MjModel, model: mjx.Model | None = None,
         return Native(mj_model, model, threads)
     from envs.physics.mjx import MJX
 
-    return MJX(name, mj_model, model)
+    return MJX(name, mj_model, model, sizes)
 
 
 def with_overrides(model: mjx.Model, overrides: Mapping[str, jax.Array]) -> mjx.Model:
@@ -121,8 +130,13 @@ def with_overrides(model: mjx.Model, overrides: Mapping[str, jax.Array]) -> mjx.
         model = model.replace(opt=owner) if head == "opt" else owner
     if "body_mass" in overrides and "body_subtreemass" not in overrides:
         # Both C and MJX read it, for centres of mass and their velocities; neither recomputes it.
-        masses = model.body_mass
-        for body in range(model.nbody - 1, 0, -1):  # children come after their parents
-            masses = masses.at[model.body_parentid[body]].add(masses[body])
-        model = model.replace(body_subtreemass=masses)
+        model = model.replace(body_subtreemass=subtrees(model.body_parentid) @ model.body_mass)
     return model
+
+
+def subtrees(parents: np.ndarray) -> np.ndarray:
+    """[nbody, nbody] float32: 1 where the column's body is the row's or hangs from it."""
+    below = np.eye(len(parents), dtype=np.float32)
+    for body in range(len(parents) - 1, 0, -1):  # children come after their parents
+        below[parents[body]] += below[body]
+    return below

@@ -4,6 +4,9 @@
 
 Memory: a batch of 16384 simulations of CheetahRun took 2.0 KB a simulation, of HumanoidRun 4.7 KB, and 3.5 and 7.9 KB
 with four fields of the model overridden; 13 MB more for the threads. Every batch size that is met keeps its own.
+
+A forked process starts with no batches: the threads of its parent's are not there, and taking those apart would wait
+for them, so they are kept, unused.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import contextlib
 import dataclasses
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -35,6 +40,20 @@ FOLLOWING = (
 NOMINAL = (MODEL_FIELDS & {f.name for f in dataclasses.fields(mjx.Model)}) - {*FOLLOWING}
 
 
+_all: weakref.WeakSet[Batches] = weakref.WeakSet()
+_of_parents: list[Any] = []
+
+
+def _forget_batches() -> None:
+    for batches in list(_all):
+        _of_parents.append(batches._free)
+        batches._free, batches._lock = {}, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_batches)
+
+
 class Batches:
     """Simulations of one model. Between calls it keeps scratch memory alone, by batch size.
 
@@ -44,7 +63,12 @@ class Batches:
     def __init__(self, model: mujoco.MjModel, threads: int):
         self.threads = threads
         self._model, self._lock = model, threading.Lock()
-        self._free: dict[tuple[int, int, tuple[str, ...]], list[Batch]] = {}
+        self._free: dict[tuple[int, tuple[str, ...]], list[Batch]] = {}
+        try:
+            self._free[1, ()] = [Batch(model, 1, threads)]
+        except ValueError as error:
+            raise UserError(f"physics = 'mujoco' cannot simulate this model: {error}") from error
+        _all.add(self)
 
     def run(
         self,
@@ -90,7 +114,7 @@ class Batches:
     @contextlib.contextmanager
     def _take(self, size: int, overridden: tuple[str, ...]) -> Iterator[Batch]:
         """A batch of `size` simulations, whose fields `overridden` are its own; after an error it is thrown away."""
-        key = (os.getpid(), size, overridden)  # the threads of a batch do not survive a fork
+        key = (size, overridden)
         with self._lock:
             free = self._free.setdefault(key, [])
             batch = free.pop() if free else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,14 +15,24 @@ from envs.physics import IMPLEMENTATIONS
 
 
 class MJX:
-    """See `envs.physics.Engine`. Differentiable on "mjx" where MJX is."""
+    """See `envs.physics.Engine`. Differentiable on "mjx" where MJX is.
 
-    def __init__(self, name: str, mj_model: mujoco.MjModel, model: mjx.Model | None = None):
-        self.name, self._mj_model = name, mj_model
+    `sizes`: of Warp's lists: `naconmax` contacts of all simulations together, `njmax` constraint rows of each. MJX's
+    defaults are those of one simulation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mj_model: mujoco.MjModel,
+        model: mjx.Model | None = None,
+        sizes: Mapping[str, int] = MappingProxyType({}),
+    ):
+        self.name, self._mj_model, self._sizes = name, mj_model, dict(sizes) if name == "warp" else {}
         self.model = mjx.put_model(mj_model, impl=IMPLEMENTATIONS[name]) if model is None else model
 
     def make_data(self, **fields: Any) -> mjx.Data:
-        return mjx.make_data(self._mj_model, impl=IMPLEMENTATIONS[self.name]).replace(**fields)
+        return mjx.make_data(self._mj_model, impl=IMPLEMENTATIONS[self.name], **self._sizes).replace(**fields)
 
     def forward(self, model: mjx.Model, data: mjx.Data) -> mjx.Data:
         return mjx.forward(model, data)

@@ -90,7 +90,7 @@ for _operator in (*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), *_OTHERS)
 class NativeData:
     """What `mjx.Data` has no field for."""
 
-    diverged: jax.Array  # () bool: the last call failed, and gave back the state it came with
+    diverged: jax.Array  # () bool: a call since `make_data` failed, and gave back the state it came with
 
 
 class Piece(NamedTuple):
@@ -118,8 +118,8 @@ def layout(fields: Sequence[str], like: mujoco.MjData, start: int = 0) -> list[P
 class Native:
     """See `envs.physics.Engine`. Not differentiable.
 
-    `threads`: 0 for all usable cores, shared out over the CPU devices of jax. Raises UserError for a model with plugins
-    whose state is not in the integration state.
+    `threads`: 0 for all usable cores, shared out over the CPU devices of jax. Raises UserError for a model whose state
+    is not all in the integration state, or that needs memory of its own for each simulation (sleep, say).
     """
 
     name = "mujoco"
@@ -127,8 +127,7 @@ class Native:
     def __init__(self, mj_model: mujoco.MjModel, model: mjx.Model | None = None, threads: int = 0):
         self.model = mjx.put_model(mj_model, impl=IMPLEMENTATIONS[self.name]) if model is None else model
         self.fields: tuple[str, ...] = ()  # derived fields that every call computes
-        self._mj_model, self._like = mj_model, mujoco.MjData(mj_model)
-        mujoco.mj_resetData(mj_model, self._like)
+        self._like = mujoco.MjData(mj_model)
         self._state = layout(STATE, self._like)
         width = mujoco.mj_stateSize(mj_model, mujoco.mjtState.mjSTATE_INTEGRATION)
         if self._state[-1].stop != width:
@@ -184,7 +183,7 @@ class Native:
         simulate = without_gradient(host_call(run, (row, jax.ShapeDtypeStruct((), bool))))
         out, failed = simulate(state, *overrides.values())
         fields = {p.name: out[p.start : p.stop].reshape(p.shape).astype(p.dtype) for p in (*self._state, *derived)}
-        return data.replace(**fields, _impl=NativeData(failed))
+        return data.replace(**fields, _impl=NativeData(failed | data._impl.diverged))
 
 
 def through_buffers(simulate: Callable[..., None], result: Any) -> Callable[..., Any]:
