@@ -9,7 +9,7 @@ Actions pass through: the control range of every dm_control task is [-1, 1] (the
 by themselves, as Playground's published training assumes. `physics_threads`: of the native engine, 0 for all cores.
 
 `params` are overrides of the model, unbatched, {"body_mass": [nbody], "opt.gravity": [3], ...}
-(`physics.with_overrides`). `randomize` draws them anew for each episode: a function, a reference to one, or True for
+(`physics.with_overrides`). `randomize` draws them at each reset: a function, a reference to one, or True for
 the task's own; `randomize_variants`: out of so many fixed draws (`envs.randomization`).
 A simulation that diverges ends its episode as `truncated`, with the last observation before, reward 0 and
 `info["diverged"]` 1; the environment is then reset like any other.

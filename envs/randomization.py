@@ -7,7 +7,7 @@
 
 Which of the two it is the place of the parameter `model` tells: the task's `mujoco.mjx.Model`, on every engine. Only
 arrays of floats may be drawn. True takes the randomiser that Playground has for the task. `randomize_variants`: each
-episode takes one of so many fixed draws, in place of a fresh one (`envs.wrappers.DomainRandomization`).
+reset takes one of so many fixed draws, in place of a fresh one (`envs.wrappers.DomainRandomization`).
 """
 
 from __future__ import annotations

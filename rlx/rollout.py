@@ -72,7 +72,7 @@ def make_source(
 
     `stagger`: cuts each environment's first episode (`truncated`) after a random number of steps up to its time limit.
     Where nothing else ends them, episodes would otherwise begin together for the whole run, and every trajectory would
-    show one phase of an episode alone: a learner forgets how to start. Cut episodes are left out of EpisodeStats.
+    show one phase of an episode alone: a learner can forget how to start. Cut episodes are left out of EpisodeStats.
     """
     num_envs = plan.num_envs
     params = env.spec.params
