@@ -318,7 +318,8 @@ def evaluate(arguments: list[str]) -> int:
             play = jax.jit(make_evaluate(run.env, algorithm, options.episodes, options.mode, decisions))
             _, _, _, key = jax.random.split(jax.random.key(seed), 4)  # the fourth, as in training
             result = jax.device_get(play(policy, key))
-    entry = {"step": step, "mode": options.mode, "seed": seed, "best": options.best, "physics": run.env.spec.physics}
+    entry = {"step": step, "mode": options.mode, "seed": seed, "best": options.best}
+    entry["physics"] = run.env.spec.physics or run.pair.physics
     entry |= {"returns": result.returns.tolist(), "lengths": result.lengths.tolist()}
     if options.mode == "greedy":
         write_atomically(run.directory.path / "eval.json", json.dumps(entry) + "\n")

@@ -206,7 +206,8 @@ def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -
     """Raises UserError where a run is to be resumed with other settings than it was begun with."""
     given = json.loads(json.dumps(given))
     for name in ("algorithm", "env", "physics"):
-        require(recorded.get(name, "") == given[name], name, given[name], f"the run to resume is of {recorded[name]!r}")
+        was = recorded.get(name, "")  # runs of the first development version recorded no engine
+        require(was == given[name], name, given[name], f"the run to resume is of {was!r}")
     for part in ("train", "algo", "plan"):
         for name, value in given[part].items():
             old = recorded.get(part, {}).get(name, value)
