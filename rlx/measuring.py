@@ -1,7 +1,7 @@
 """Speed, compile time and memory of one program: an environment alone, or whole training. `rlx.benchmark` compares.
 
-The environment alone takes random actions through the source that training uses, auto reset included. A run draws its
-reset pool anew once an epoch, a fiftieth of the run (`rlx.training.make_schedule`): more steps than a slow engine takes
+The environment alone takes random actions through the source that training uses, auto reset included. A run refreshes
+its reset pool once an epoch, a fiftieth of the run (`rlx.training.make_schedule`): more steps than a slow engine takes
 in many seconds. So every timed block is one refresh and, timed apart, as many iterations as last a second, and
 
     steps/s = S / (refresh + S * seconds / steps),    S the steps of an epoch of the real run,

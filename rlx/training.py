@@ -35,8 +35,8 @@ class TrainConfig:
     num_evals: int = 10  # evaluations after the one at the start, evenly spaced, the last at the end; 0: none
     eval_episodes: int = 64  # episodes an evaluation
     eval_decisions: int = 0  # cut of an episode without an ending; 0: the environment's time limit
-    reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of states drawn once an epoch, or anew
-    reset_pool_size: int = 128  # states in that pool
+    reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of drawn states, or anew
+    reset_pool_size: int = 128  # states in that pool, a quarter of which is drawn anew once an epoch
     stagger: bool = True  # cut first episodes at random, so that environments do not start all later ones together
     num_checkpoints: int = 10  # saves, evenly spaced, the last at the end
     keep_checkpoints: int = 2  # whole ones kept beside the best policy

@@ -67,14 +67,28 @@ def test_episode_statistics_are_the_sums_over_ended_episodes():
     assert float(stats.returns) == 8 * 6
 
 
-def test_pool_resets_take_states_of_the_pool_and_refresh_replaces_them():
+def test_pool_resets_take_states_of_the_pool():
     source, start, step = collect(Counter(3), "pool", pool_size=2)
-    state, trajectory, _ = step(start, jax.random.key(1))
+    _, trajectory, _ = step(start, jax.random.key(1))
     pool = set(np.asarray(start.pool_obs[:, 0]).tolist())
     assert set(np.asarray(trajectory.obs[3:, :, 0]).ravel().tolist()) <= pool
-    refreshed = source.refresh(state, jax.random.key(3))
-    assert not pool & set(np.asarray(refreshed.pool_obs[:, 0]).tolist())
-    np.testing.assert_array_equal(refreshed.obs, state.obs)
+
+
+@pytest.mark.parametrize(("pool_size", "num_new"), [(1, 1), (4, 1), (5, 2), (8, 2)])
+def test_a_refresh_replaces_the_oldest_quarter_of_the_pool_by_new_states(pool_size, num_new):
+    source, start, _ = collect(Counter(3), "pool", pool_size, PLAN._replace(num_envs=8))
+    state, seen = start, set(np.asarray(start.pool_obs[:, 0]).tolist())
+    for i in range(4):
+        refreshed = source.refresh(state, jax.random.key(i))
+        for pool in ("pool_obs", "pool_env"):
+            before, after = (jax.tree.leaves(getattr(s, pool))[-1] for s in (state, refreshed))
+            np.testing.assert_array_equal(after[:-num_new], before[num_new:])
+        new = set(np.asarray(refreshed.pool_obs[-num_new:, 0]).tolist())
+        assert len(new) == num_new and not new & seen
+        np.testing.assert_array_equal(refreshed.pool_obs[:, 0], refreshed.pool_env.start)
+        np.testing.assert_array_equal(refreshed.obs, state.obs)
+        state, seen = refreshed, seen | new
+    assert not set(np.asarray(start.pool_obs[:, 0]).tolist()) & set(np.asarray(state.pool_obs[:, 0]).tolist())
 
 
 def test_true_resets_are_all_different():
