@@ -41,11 +41,12 @@ class MJX:
         return jax.lax.fori_loop(0, substeps, lambda _, d: mjx.step(model, d.replace(ctrl=ctrl)), data)
 
     def detach(self, data: mjx.Data) -> mjx.Data:
-        # Warp's contacts and the like are lists that all simulations of a batch share; each step fills them anew.
-        return data.replace(_impl=None) if self.name == "warp" else data
+        # Contacts, constraints and factors: each step fills them anew. Kept, they are most of what a batch would carry
+        # from step to step; Warp's are lists that all simulations share.
+        return data.replace(_impl=None)
 
     def attach(self, data: mjx.Data) -> mjx.Data:
-        return data.replace(_impl=self.make_data()._impl) if self.name == "warp" else data
+        return data.replace(_impl=self.make_data()._impl)
 
     def diverged(self, data: mjx.Data) -> jax.Array:
         in_range = [(jnp.abs(x) <= mujoco.mjMAXVAL).all() for x in (data.qpos, data.qvel)]  # False for nan
