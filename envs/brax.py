@@ -108,7 +108,8 @@ class BraxMJX:
     """One brax environment of backend "mjx" on one of our engines. `info` holds its metrics and `diverged`."""
 
     def __init__(self, env: PipelineEnv, engine: engines.Engine):
-        self.env, self.engine, self._brax, self._lock = env, engine, Brax(env), threading.RLock()
+        self.env, self.engine, self.substeps = env, engine, env._n_frames
+        self._brax, self._lock = Brax(env), threading.RLock()
         self.spec = dataclasses.replace(self._brax.spec, params={}, physics=engine.name)
         if engine.name == "mujoco":
             simulate_natively(env, engine)

@@ -109,7 +109,7 @@ class Playground:
     """One task. `info` holds its metrics, () float32 each, and `diverged`."""
 
     def __init__(self, env: MjxEnv, engine: engines.Engine):
-        self.env, self.engine = env, engine
+        self.env, self.engine, self.substeps = env, engine, env.n_substeps
         self.spec = Spec(obs=None, action=Box((env.action_size,)), params={}, physics=engine.name)
 
     def reset(self, key: jax.Array, params: PyTree):

@@ -11,7 +11,6 @@ import tyro
 
 from rlx import settings
 from rlx.errors import UserError
-from rlx.external import canonical
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +53,14 @@ def take_env_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, A
 
 
 def literal(text: str) -> Any:
-    """`text` as a Python literal, or as itself; `path/to/file.py:function` with its absolute path."""
+    """`text` as a Python literal, or as itself."""
     names = {"true": True, "false": False, "none": None}
     if text.lower() in names:
         return names[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return canonical(text) if ".py:" in text else text
+        return text
 
 
 def option_value(arguments: Sequence[str], flag: str) -> str:

@@ -58,7 +58,11 @@ class Pair(NamedTuple):
     env: str
     physics: str = "auto"
     overrides: Mapping[str, Any] = {}
-    files: Mapping[str, Mapping[str, str]] = {}  # of "algorithm" and "env", where they are no names: path, sha256
+    files: Mapping[str, Mapping[str, str]] = {}  # of "algorithm", "env", "env.KEY", where they are files: path, sha256
+
+    def reference(self, part: str) -> str:
+        """What stands for one of `files`."""
+        return self.overrides[part.removeprefix("env.")] if part.startswith("env.") else getattr(self, part)
 
 
 def keep_compiled_programs() -> None:
@@ -145,6 +149,19 @@ def find_pair(algorithm: str, env: str) -> Pair:
     return Pair(algorithm, env, files=files)
 
 
+def with_overrides(pair: Pair, overrides: Mapping[str, Any]) -> Pair:
+    """`pair` with these overrides of its environment; a `path/to/file.py:function` among them is made canonical.
+
+    Raises UserError for a file that does not exist.
+    """
+    canonical, files = dict(overrides), dict(pair.files)
+    for key, value in overrides.items():
+        if isinstance(value, str) and re.fullmatch(r".+\.py:\w+", value):
+            canonical[key] = external.canonical(value)
+            files[f"env.{key}"] = external.fingerprint(canonical[key], key)
+    return pair._replace(overrides=canonical, files=files)
+
+
 def load_algorithm(pair: Pair) -> ModuleType:
     """The algorithm's module. Raises UserError if it lacks Config or make."""
     if pair.algorithm in ALGORITHMS:
@@ -171,7 +188,7 @@ def train(arguments: list[str]) -> int:
             from rlx import training
             from rlx.arguments import parse_train
         options, merged = parse_train(pair.env, pair.algorithm, arguments[2:], training.TrainConfig, algorithm.Config)
-        pair = pair._replace(physics=options.physics, overrides=settings.values(merged, "env."))
+        pair = with_overrides(pair._replace(physics=options.physics), settings.values(merged, "env."))
         train_config = settings.build(training.TrainConfig, settings.values(merged))
         config = settings.build(algorithm.Config, settings.values(merged, "algo."))
         run_dir = Path(options.run_dir or default_run_dir(pair, train_config.seed)).absolute()
@@ -243,7 +260,7 @@ def load_run(run_dir: str, physics: str = "") -> LoadedRun:
     pair = Pair(*(recorded[name] for name in ("algorithm", "env", "physics", "env_overrides", "files")))
     pair = pair._replace(physics=physics or pair.physics)
     for part, was in pair.files.items():
-        warning = external.changed(getattr(pair, part), part, was)
+        warning = external.changed(pair.reference(part), part, was)
         say(warning is None, str(warning))
     module = load_algorithm(pair)
     from rlx import training
@@ -371,9 +388,8 @@ def build_sweep(options: Any, pair: Pair) -> Any:
 
     layers = [("preset", settings.preset(pair.env, pair.algorithm)), ("command line", options.settings)]
     merged = settings.merge(TrainConfig, module.Config, layers)
-    pair = pair._replace(overrides=settings.values(merged, "env."))
+    pair = with_overrides(pair, settings.values(merged, "env."))
     engines: Sequence[str] = options.physics
-    envs_package()
     if not engines:
         fastest = build_env(pair, "auto").spec.physics
         engines = tuple(dict.fromkeys((fastest, "mujoco", "mjx"))) if fastest else ("",)

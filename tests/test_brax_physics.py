@@ -19,12 +19,13 @@ from envs.brax import BraxMJX, adapt, choose
 from envs.brax_pipeline import model_of, simulate_natively
 from envs.names import NAMES
 from envs.physics.native import NativeData
+from envs.physics.raw import raw_rollout
 from rlx.environment import random_action
 from rlx.errors import UserError
 
 KEY = jax.random.key(0)
 MJX = [name for name in NAMES["brax"] if name not in ("fast", "swimmer")]
-NUM_STATES = 50
+NUM_STATES = 100
 # What makes up a state; the rest MJX computes anew.
 STATE = ("time", "qpos", "qvel", "act", "ctrl", "qacc_warmstart", "qfrc_applied", "xfrc_applied", "q", "qd", "x", "xd")
 
@@ -51,7 +52,7 @@ def play(env, key, length, most):
 
 
 def one_step_of_both(native, xla):
-    """What one step gives, natively and on MJX, from the same states of native episodes, 0 to 49 steps old."""
+    """What one step gives, natively and on MJX, from the same states of native episodes, 0 to 99 steps old."""
     keys = jax.random.split(KEY, NUM_STATES)
     states = jax.jit(jax.vmap(lambda k, n: play(native, k, n, NUM_STATES)))(keys, jnp.arange(NUM_STATES))
     pipeline = states.task.pipeline_state
@@ -136,6 +137,13 @@ def test_every_environment_of_backend_mjx_steps_natively(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((timestep.obs, timestep.reward, timestep.info)))
     assert not timestep.info["diverged"].any()
     assert (np.asarray(timestep.obs[:, 0]) != np.asarray(timestep.obs[:, 1])).any()
+
+
+def test_the_raw_simulator_stands_beside_native_physics_alone():
+    roll = raw_rollout(envs.make("brax/inverted_pendulum", "mujoco"), 4)
+    assert roll is not None and roll(3) is None
+    assert raw_rollout(envs.make("brax/inverted_pendulum", "mjx"), 4) is None
+    assert raw_rollout(envs.make("brax/fast"), 4) is None
 
 
 @pytest.mark.parametrize("name", MJX)

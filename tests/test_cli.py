@@ -244,6 +244,27 @@ def test_resume_says_what_changed_or_is_missing(pair, capsys):
     assert status == 2 and "my_algo.py' does not exist" in err
 
 
+def test_a_function_of_an_override_is_found_again_from_another_folder_and_its_changes_are_said(
+    pair, capsys, tmp_path, monkeypatch
+):
+    """The environment calls what `rule` refers to, as `envs.make` calls what `randomize` does."""
+    Path("rules.py").write_text("def length(): return 3\n")
+    with Path("my_env.py").open("a") as file:
+        file.write("\nfrom envs.external import load_function\n")
+        file.write("def ruled(rule='rules.py:length'): return Counter(load_function(rule, 'rule')())\n")
+    arguments = ["train", pair[0], "my_env.py:ruled", *TINY, "--run-dir", "a", "--quiet"]
+    status, _, err = run(capsys, *arguments, "--env.rule", "rulez.py:length")
+    assert status == 2 and "rule" in err and "rulez.py' does not exist" in err
+    assert run(capsys, *arguments, "--env.rule", "rules.py:length")[0] == 0
+    assert config_of("a")["env_overrides"] == {"rule": f"{tmp_path / 'rules.py'}:length"}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run(capsys, "evaluate", "../a")[0] == 0
+    (tmp_path / "rules.py").write_text("def length(): return 3  # still\n")
+    status, _, err = run(capsys, "resume", "../a", "--quiet")
+    assert status == 0 and "rules.py has changed since the run began" in err
+
+
 @pytest.mark.slow
 def test_a_policy_trained_on_one_engine_is_evaluated_on_another_and_resumed_on_its_own(tmp_path, capsys):
     """The run records the engine that "auto" chose; the environments' state differs between engines, the policy not."""

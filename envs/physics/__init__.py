@@ -116,18 +116,21 @@ def with_overrides(model: mjx.Model, overrides: Mapping[str, jax.Array]) -> mjx.
     Raises UserError, with close matches, for a field that there is not, or an array of another shape.
     """
     import jax.numpy as jnp
+    from mujoco import mjx
 
+    # Not those of `model`: brax's own class has more, which nothing reads.
+    names = {f.name for f in dataclasses.fields(mjx.Model)} - {"_impl", "opt", "stat"}
+    names |= {f"opt.{f.name}" for f in dataclasses.fields(model.opt)} - {"opt._impl"}
     for field, value in overrides.items():
+        if field not in names:
+            raise unknown("model field", field, names)
         head, _, tail = field.rpartition(".")
-        owner = model.opt if head == "opt" else model
-        names = {f.name for f in dataclasses.fields(owner)} - {"_impl", "opt", "stat"}
-        if head not in ("", "opt") or tail not in names:
-            raise unknown("model field", field, {f.name for f in dataclasses.fields(model)} | {"opt.gravity"})
+        owner = model.opt if head else model
         old = getattr(owner, tail)
         if jnp.shape(old) != jnp.shape(value):
             raise UserError(f"model field {field} has shape {jnp.shape(old)}; the override has {jnp.shape(value)}.")
         owner = owner.replace(**{tail: jnp.asarray(value, jnp.asarray(old).dtype)})
-        model = model.replace(opt=owner) if head == "opt" else owner
+        model = model.replace(opt=owner) if head else owner
     if "body_mass" in overrides and "body_subtreemass" not in overrides:
         # Both C and MJX read it, for centres of mass and their velocities; neither recomputes it.
         model = model.replace(body_subtreemass=subtrees(model.body_parentid) @ model.body_mass)

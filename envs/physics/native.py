@@ -125,6 +125,7 @@ class Native:
     name = "mujoco"
 
     def __init__(self, mj_model: mujoco.MjModel, model: mjx.Model | None = None, threads: int = 0):
+        self.mj_model = mj_model
         self.model = mjx.put_model(mj_model, impl=IMPLEMENTATIONS[self.name]) if model is None else model
         self.fields: tuple[str, ...] = ()  # derived fields that every call computes
         self._like = mujoco.MjData(mj_model)

@@ -10,25 +10,25 @@ import numpy as np
 from mujoco import mjx
 from mujoco.batch import Batch
 
-from envs.playground import Playground
+from envs.physics.native import Native
 from rlx.environment import Environment
 from rlx.machine import usable_cores
 
 
 def raw_rollout(env: Environment, num_envs: int) -> Callable[[int], None] | None:
-    """A function that takes n control steps of `num_envs` simulations of `env`'s model; None if it is not native.
+    """A function that takes n control steps of `num_envs` simulations of `env`'s model.
+
+    None where no adapter under the wrappers has a native `engine` (and `substeps`, of one control step).
 
     Random controls, the environment's substeps and start states (again after each `episode_length`), all usable cores;
     no observation, reward or derived field leaves MuJoCo.
     """
     task: Any = env
-    while not isinstance(task, Playground):
+    while not isinstance(getattr(task, "engine", None), Native):
         task = getattr(task, "env", None)
         if task is None:
             return None
-    if env.spec.physics != "mujoco":
-        return None
-    model, substeps = task.env.mj_model, task.env.n_substeps
+    model, substeps = task.engine.mj_model, task.substeps
     batch = Batch(model, num_envs, usable_cores())
     keys = jax.random.split(jax.random.key(0), num_envs)
     state, _ = jax.jit(jax.vmap(env.reset, in_axes=(0, None)))(keys, env.spec.params)
