@@ -41,7 +41,7 @@ format: install  ## rewrites what ruff can
 
 bench: install  ## steps/s, compile time and memory on every physics engine, into experiments/benchmarks/results/
 	@mkdir -p $(RESULTS)
-	@for env in $(BENCH); do $(BIN)/rlx benchmark $$env ppo --out $(RESULTS)/$$(echo $$env | tr / -).json || exit 1; done
+	@for env in $(BENCH); do $(BIN)/rlx benchmark $$env ppo --out $(RESULTS)/$$(echo $$env | tr / -)-ppo.json || exit 1; done
 
 clean:  ## removes caches and the installation, never runs/
 	rm -rf $(VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

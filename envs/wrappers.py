@@ -218,8 +218,9 @@ class DomainRandomization:
     `draw`: a pure function from a key to params. Where it returns a mapping and the environment's params are one, as in
     the suites playground and brax ({"body_mass": [nbody], "opt.gravity": [3], ...}: `envs.physics.with_overrides`), it
     replaces those entries alone; else it replaces the params, and must return them whole. What it draws comes from the
-    key of the reset: with the source's reset pool each pool state has its own draw, and an epoch's episodes share
-    those; with reset="always" every episode has one of its own. An evaluation draws too, the same at each visit.
+    key of the reset: with the source's reset pool each pool state has its own draw, shared by the episodes of the four
+    epochs that it stays; with reset="always" every episode has one of its own. An evaluation draws too, the same at
+    each visit.
 
     `num_variants` K: each reset takes, at random, one of K draws that `seed` fixes for good, whatever the run's own
     seed. `spec` is that of `env`: `spec.params` stays the default, which `draw` builds upon.

@@ -16,7 +16,7 @@ from rlx.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Options:
     physics: str = "auto"  # engine, for suites that have a choice: auto, mjx, warp, mujoco
-    config: str = ""  # JSON or TOML file of settings, keys as here; the command line stands above it
+    config: str = ""  # JSON or TOML file of settings, keys and paths as here; the command line stands above it
     run_dir: str = ""  # where the run goes; empty: a new folder of runs/
     from_run: Annotated[str, tyro.conf.arg(name="from")] = (
         ""  # run whose policy to start from (actor and observation statistics; the critic starts anew)

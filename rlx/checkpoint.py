@@ -83,7 +83,8 @@ def _compare(
             difference = f"{path}: found {found.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
             origin = ", ".join(f"{name} = {value!r}" for name, value in stored.items()) or "unknown"
             raise UserError(
-                f"checkpoint {folder} is of another algorithm, environment or setting. First leaf that differs: "
+                f"checkpoint {folder} is of another algorithm, environment or setting, or of an earlier version of "
+                f"rlx. First leaf that differs: "
                 f"{difference}. It was written by: {origin}."
             )
 

@@ -150,15 +150,16 @@ def find_pair(algorithm: str, env: str) -> Pair:
 
 
 def with_overrides(pair: Pair, overrides: Mapping[str, Any]) -> Pair:
-    """`pair` with these overrides of its environment; a `path/to/file.py:function` among them is made canonical.
+    """`pair` with these overrides of its environment; references to functions among them are made canonical.
 
     Raises UserError for a file that does not exist.
     """
     canonical, files = dict(overrides), dict(pair.files)
     for key, value in overrides.items():
-        if isinstance(value, str) and re.fullmatch(r".+\.py:\w+", value):
+        target, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+        if colon and function.isidentifier() and (target.endswith(".py") or external.source_file(target)):
             canonical[key] = external.canonical(value)
-            files[f"env.{key}"] = external.fingerprint(canonical[key], key)
+            files[f"env.{key}"] = external.fingerprint(canonical[key], f"env.{key}")
     return pair._replace(overrides=canonical, files=files)
 
 
@@ -189,6 +190,7 @@ def train(arguments: list[str]) -> int:
             from rlx.arguments import parse_train
         options, merged = parse_train(pair.env, pair.algorithm, arguments[2:], training.TrainConfig, algorithm.Config)
         pair = with_overrides(pair._replace(physics=options.physics), settings.values(merged, "env."))
+        merged |= {f"env.{key}": merged[f"env.{key}"]._replace(value=value) for key, value in pair.overrides.items()}
         train_config = settings.build(training.TrainConfig, settings.values(merged))
         config = settings.build(algorithm.Config, settings.values(merged, "algo."))
         run_dir = Path(options.run_dir or default_run_dir(pair, train_config.seed)).absolute()

@@ -86,7 +86,7 @@ def make_source(
         env_state, obs = reset_envs(jax.random.split(env_key, num_envs), params)
         memory = jax.vmap(algorithm.memory)(jax.random.split(memory_key, num_envs))
         zeros = jnp.zeros(num_envs, jnp.float32)
-        pool_env, pool_obs = jax.tree.map(lambda x: x[:pool_size], (env_state, obs))  # until the first refresh
+        pool_env, pool_obs = jax.tree.map(lambda x: x[:pool_size], (env_state, obs))  # four refreshes replace them all
         cuts = jnp.full(num_envs, jnp.inf, jnp.float32)
         if stagger and env.spec.episode_length:
             cuts = jax.random.randint(cut_key, (num_envs,), 1, env.spec.episode_length + 1).astype(jnp.float32)

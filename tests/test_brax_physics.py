@@ -12,14 +12,15 @@ import mujoco
 import numpy as np
 import pytest
 from brax.envs.base import PipelineEnv
+from mujoco.batch import Batch
 
 import envs
 from envs.adapter import building
 from envs.brax import BraxMJX, adapt, choose
 from envs.brax_pipeline import model_of, simulate_natively
 from envs.names import NAMES
+from envs.physics import raw
 from envs.physics.native import NativeData
-from envs.physics.raw import raw_rollout
 from rlx.environment import random_action
 from rlx.errors import UserError
 
@@ -139,11 +140,23 @@ def test_every_environment_of_backend_mjx_steps_natively(name):
     assert (np.asarray(timestep.obs[:, 0]) != np.asarray(timestep.obs[:, 1])).any()
 
 
-def test_the_raw_simulator_stands_beside_native_physics_alone():
-    roll = raw_rollout(envs.make("brax/inverted_pendulum", "mujoco"), 4)
-    assert roll is not None and roll(3) is None
-    assert raw_rollout(envs.make("brax/inverted_pendulum", "mjx"), 4) is None
-    assert raw_rollout(envs.make("brax/fast"), 4) is None
+def test_the_raw_simulator_takes_the_substeps_of_native_physics_and_stands_beside_no_other(monkeypatch):
+    batches = []
+    monkeypatch.setattr(raw, "Batch", lambda *arguments: batches.append(Batch(*arguments)) or batches[-1])
+    env = envs.make("brax/inverted_pendulum", "mujoco")
+    roll = raw.raw_rollout(env, 4)
+    assert roll is not None
+    roll(3)
+    task = adapter("inverted_pendulum", "mujoco").env
+    assert task._n_frames > 1
+    np.testing.assert_allclose(batches[0].bind("time"), 3 * task._n_frames * float(task.sys.opt.timestep), rtol=1e-6)
+    assert raw.raw_rollout(envs.make("brax/inverted_pendulum", "mjx"), 4) is None
+    assert raw.raw_rollout(envs.make("brax/fast"), 4) is None
+    adapted = env
+    while not isinstance(adapted, BraxMJX):
+        adapted = adapted.env
+    monkeypatch.setattr(adapted, "substeps", None)  # an environment of a user's that has an engine and no more
+    assert raw.raw_rollout(env, 4) is None
 
 
 @pytest.mark.parametrize("name", MJX)

@@ -251,6 +251,31 @@ def test_models_that_are_not_the_tasks_own_are_left_to_mjx_while_it_is_traced():
     assert data.qpos.shape == (1,) and not isinstance(data._impl, NativeData)
 
 
+@pytest.mark.parametrize("name", ["PendulumSwingup", pytest.param("HopperHop", marks=pytest.mark.slow)])
+def test_what_mjx_does_not_carry_from_step_to_step_changes_no_bit(name, monkeypatch):
+    def roll(env):
+        keys = jax.random.split(jax.random.key(3), 4)
+
+        def step(state, t):
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(1), t), 4)
+            state, timestep = jax.vmap(env.step)(state, actions(env, keys), keys)
+            return state, (timestep.obs, timestep.reward)
+
+        start, _ = jax.jit(jax.vmap(env.reset, in_axes=(0, None)))(keys, env.spec.params)
+        return jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(20)))(start)
+
+    state, seen = roll(adapter(name, "mjx"))
+    assert state.task.data._impl is None
+    whole = adapter(name, "mjx")
+    monkeypatch.setattr(whole.engine, "detach", lambda data: data)
+    monkeypatch.setattr(whole.engine, "attach", lambda data: data)
+    carried, expected = roll(whole)
+    assert carried.task.data._impl is not None
+    for field in ("qpos", "qvel", "qacc_warmstart"):
+        np.testing.assert_array_equal(getattr(state.task.data, field), getattr(carried.task.data, field))
+    jax.tree.map(np.testing.assert_array_equal, seen, expected)
+
+
 def usual_overrides(model: mujoco.MjModel, num: int) -> dict[str, jax.Array]:
     """Those of a locomotion randomiser, [num, ...]."""
     rng = np.random.default_rng(0)

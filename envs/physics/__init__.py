@@ -55,11 +55,14 @@ class Engine(Protocol):
         ...
 
     def detach(self, data: mjx.Data) -> mjx.Data:
-        """What of `data` is one simulation's own, to be kept between steps: every leaf has a batch axis under vmap."""
+        """What of `data` the next step needs, and its public fields: every leaf has a batch axis under vmap.
+
+        `_impl` of MJX and Warp (contacts, constraints, factors) is left out.
+        """
         ...
 
     def attach(self, data: mjx.Data) -> mjx.Data:
-        """Undoes `detach`, before `forward` or `step`."""
+        """`data` that `forward` and `step` take; what `detach` left out is at its default until then."""
         ...
 
     def diverged(self, data: mjx.Data) -> jax.Array:

@@ -12,7 +12,7 @@ minibatches of whole segments, network sizes and activation, tanh-normal actions
 Adam's rate, discounts, clipping, entropy bonus, reward scale; observation statistics are updated first and advantages
 computed anew in each minibatch, as brax does (`normalize_first`, `gae_per_minibatch`). Neither evaluates or saves.
 
-Not equal: rlx draws new reset states once an epoch (128 true resets), keeps the true last observation of an episode and
+Not equal: rlx draws new reset states once an epoch (32 true resets), keeps the true last observation of an episode and
 computes its value, sums returns and checks for NaNs; brax reuses each environment's first state. rlx's steps/s include
 everything on the host between epochs; brax's are its own `training/sps`, which leave that out. An epoch is
 `--iterations` collect-and-update rounds: the first update is the first epoch's end less all of them but one, at the
