@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlx.algorithm import Algorithm, Plan, Source
     from rlx.environment import Environment
     from rlx.evaluation import make_evaluate
-    from rlx.training import Run, TrainConfig, TrainState, train
+    from rlx.training import Run, TrainConfig, TrainState, train, train_many
     from rlx.types import Box, Discrete, Spec, TimeStep, Transition
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ _HOMES = {
     "Transition": "rlx.types",
     "make_evaluate": "rlx.evaluation",
     "train": "rlx.training",
+    "train_many": "rlx.training",
 }
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "UserError",
     "make_evaluate",
     "train",
+    "train_many",
 ]
 
 

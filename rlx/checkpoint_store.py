@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,9 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+_saving = threading.Lock()  # orbax's saves out of several threads at once fail (0.12.8)
+
+
 class Store:
     """One folder of checkpoints, a sub-folder a step."""
 
@@ -115,7 +119,8 @@ class Store:
         final, new = self.directory / str(step), self.directory / f"{step}.new"
         try:
             shutil.rmtree(new, ignore_errors=True)
-            orbax().save(new, {"step": np.array(step), "leaves": arrays})
+            with _saving:
+                orbax().save(new, {"step": np.array(step), "leaves": arrays})
             manifest["files"] = _hashes(new)
             write_atomically(new / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}))
         except BaseException:

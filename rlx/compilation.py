@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from rlx.algorithm import Policy
+from rlx.algorithm import Key, Policy
 from rlx.environment import Environment, random_action
 from rlx.errors import UserError
 from rlx.evaluation import EvalResult
@@ -18,28 +18,28 @@ from rlx.types import PyTree
 class Programs(NamedTuple):
     """Compiled; `state` is a `rlx.training.TrainState`."""
 
-    init: Callable[..., Any]  # (key, policy) -> state
-    epoch: Callable[[Any], tuple[Any, Any]]  # state -> (state, EpochMetrics); donates its argument
-    evaluate: Callable[..., EvalResult]  # (policy, key); without evaluations, never called
+    init: Callable[..., Any]  # (key, varied, policy) -> state
+    epoch: Callable[..., tuple[Any, Any]]  # (state, varied) -> (state, EpochMetrics); donates the state
+    evaluate: Callable[..., tuple[EvalResult, Policy]]  # (state, varied); without evaluations, never called
     abstract_state: Any  # shapes and dtypes of the state
 
 
 def compile_programs(
     init: Callable[..., Any],
-    epoch: Callable[[Any], Any],
-    evaluate: Callable[..., EvalResult] | None,
-    greedy: Callable[[Any], Policy],
+    epoch: Callable[..., Any],
+    evaluate: Callable[..., Any] | None,
+    key: Key,
+    varied: Mapping[str, jax.Array],
     policy: Policy | None,
     progress: Progress,
 ) -> Programs:
     """Traces and compiles, telling `progress` which of the two goes on. `policy` is what `init` may start from."""
-    key = jax.random.key(0)
     with progress.phase("tracing"):
-        traced = [jax.jit(init).trace(key, policy)]
+        traced = [jax.jit(init).trace(key, varied, policy)]
         state = traced[0].out_info
-        traced.append(jax.jit(epoch, donate_argnums=0).trace(state))
+        traced.append(jax.jit(epoch, donate_argnums=0).trace(state, varied))
         if evaluate:
-            traced.append(jax.jit(evaluate).trace(jax.eval_shape(greedy, state), key))
+            traced.append(jax.jit(evaluate).trace(state, varied))
     with progress.phase("compiling"):
         compiled = [program.lower().compile() for program in traced]
     return Programs(compiled[0], compiled[1], compiled[-1], state)

@@ -24,7 +24,9 @@ from typing import Any, Protocol, TextIO
 from rlx.errors import UserError
 
 FORMAT = 1  # of config.json
-OWN_FILES = ("config.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints", "eval.json", "curve.png")
+FAILED = "failed.json"  # of a run among many that met a NaN or an infinity: step, error
+OWN_FILES = ("config.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints", "eval.json", "curve.png", FAILED)
+RUNS = "runs.json"  # in a folder of many runs: their names
 PACKAGES = "rlx jax jaxlib flax optax numpy orbax-checkpoint brax mujoco mujoco-mjx playground gymnax".split()
 
 
@@ -48,6 +50,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def run_directories(path: str | os.PathLike[str]) -> list[Path]:
+    """The run directories in a folder of many runs, or `path` itself. Raises UserError for a damaged list."""
+    folder = Path(path).absolute()
+    file = folder / RUNS
+    if not file.is_file():
+        return [folder]
+    try:
+        return [folder / str(name) for name in json.loads(file.read_text())["runs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(file)!r} is damaged: {error!r}.") from error
 
 
 class RunDirectory:

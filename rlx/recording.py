@@ -74,15 +74,21 @@ class Recorder:
         self._start_phases = dict(progress.phases)
         self._started = self._last_ready = time.perf_counter()
         self._last_iteration = 0
+        self._row: dict[str, float] = {}
 
     def open(
-        self, stack: contextlib.ExitStack, directory: RunDirectory, keep: int, resume: bool, abstract_state: Any
+        self,
+        stack: contextlib.ExitStack,
+        directory: RunDirectory,
+        keep: int,
+        resume: bool,
+        abstract_state: Any,
     ) -> Any:
         """Records into `directory` from here on; `stack` closes the files.
 
         Returns the state of the newest whole checkpoint if `resume` finds one, and cuts the logs behind it; else None.
         """
-        self._directory, self._checkpointer = directory, open_checkpoints(directory, keep)
+        self._checkpointer = open_checkpoints(directory, keep)
         stack.callback(self._checkpointer.close)
         state, step = None, None
         if resume and self._checkpointer.empty():
@@ -91,8 +97,14 @@ class Recorder:
         elif resume:
             state, step = self._checkpointer.restore(abstract_state)
             self._progress.message(f"resuming at step {step}")
-            rows = read_metrics(directory.metrics_path) if directory.metrics_path.exists() else []
-            self.history = [row for row in rows if row["step"] <= step]
+        self.attach(stack, directory, step)
+        return state
+
+    def attach(self, stack: contextlib.ExitStack, directory: RunDirectory, step: int | None) -> None:
+        """Writes rows and evaluations into `directory`, no checkpoints; `step` cuts what lies behind a restored one."""
+        self._directory = directory
+        if step is not None and directory.metrics_path.exists():
+            self.history = [row for row in read_metrics(directory.metrics_path) if row["step"] <= step]
         self.writers += [
             JsonlWriter(directory.metrics_path, step),
             TensorboardWriter(directory.tensorboard_path, step),
@@ -101,7 +113,6 @@ class Recorder:
             self.writers.append(WandbWriter(directory, directory.config["wandb"], step))
         for writer in self.writers:
             stack.callback(writer.close)
-        return state
 
     def begin(self, iteration: int) -> None:
         """Training starts here, at `iteration`."""
@@ -113,8 +124,8 @@ class Recorder:
         """Now, if an epoch has ended by the time its dispatch returned, as on a CPU with callbacks; else None."""
         return time.perf_counter() if all(leaf.is_ready() for leaf in jax.tree.leaves(metrics)) else None
 
-    def epoch(self, iteration: int, metrics: Any, ended: float | None, learner: LearnerState) -> dict[str, float]:
-        """Waits for an epoch's metrics (`rlx.training.EpochMetrics`), checks that they are finite, returns its row.
+    def epoch(self, iteration: int, metrics: Any, ended: float | None, learner: LearnerState) -> None:
+        """Waits for an epoch's metrics (`rlx.training.EpochMetrics`), checks that they are finite, fills the row.
 
         `ended`: when it ended, if that is known.
         """
@@ -130,7 +141,7 @@ class Recorder:
         if stats.episodes:
             row["train/return"] = float(stats.returns / stats.episodes)
             row["train/length"] = float(stats.lengths / stats.episodes)
-        return row | {"time/steps_per_second": rate, "time/elapsed": now - self._started}
+        self._row |= row | {"time/steps_per_second": rate, "time/elapsed": now - self._started}
 
     def _check_finite(self, iteration: int, metrics: Any, learner: LearnerState) -> None:
         ends = f"in the epoch that ended at iteration {iteration}"
@@ -142,8 +153,8 @@ class Recorder:
                 leaf = first_nonfinite(learner) or "none"
                 raise NonFiniteError(f"{name} is {value} {ends}; first leaf of the learner not finite: {leaf}.")
 
-    def evaluation(self, iteration: int, result: EvalResult, policy: Policy) -> dict[str, float]:
-        """Writes eval.json, keeps the policy if it is the best so far, and returns the row's entries."""
+    def evaluation(self, iteration: int, result: EvalResult, policy: Policy) -> None:
+        """Writes eval.json, keeps the policy if it is the best so far, and puts the returns in the row."""
         returns, lengths = np.asarray(result.returns), np.asarray(result.lengths)
         step = self.step(iteration)
         if self._directory:
@@ -153,13 +164,13 @@ class Recorder:
         if self._checkpointer:
             self._checkpointer.save_best(step, policy, float(returns.mean()))
         mean, std = float(returns.mean()), float(returns.std())
-        return {"eval/return": mean, "eval/return_std": std, "eval/length": float(lengths.mean())}
+        self._row |= {"eval/return": mean, "eval/return_std": std, "eval/length": float(lengths.mean())}
 
-    def write(self, iteration: int, row: Mapping[str, float]) -> dict[str, float]:
-        """Sends a row to every writer and to the progress display. The first one holds the seconds of the start."""
+    def write(self, iteration: int) -> dict[str, float]:
+        """Sends the row to every writer and to the progress display. The first one holds the seconds of the start."""
         step = self.step(iteration)
-        row = {**row, **{f"time/{name}": seconds for name, seconds in self._start_phases.items()}}
-        self._start_phases = {}
+        row = self._row | {f"time/{name}": seconds for name, seconds in self._start_phases.items()}
+        self._row, self._start_phases = {}, {}
         for writer in self.writers:
             writer.write(step, row)
         self.history.append({"step": step, **row})

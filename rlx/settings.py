@@ -63,6 +63,11 @@ def presets() -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
+def hints(config: type) -> dict[str, Any]:
+    """The types that the fields of a dataclass are declared with."""
+    return typing.get_type_hints(config)
+
+
 def preset(env: str, algorithm: str) -> dict[str, Any]:
     """Tuned settings for a pair, flat; those of the environment stand above those of its suite ("*")."""
     found = presets()
@@ -83,8 +88,16 @@ def merge(train: type, algo: type, layers: Sequence[tuple[str, Flat]]) -> dict[s
     a value of the wrong type.
     """
     merged = {key: Setting(value, "default") for key, value in defaults(train, algo).items()}
+    return override(merged, train, algo, layers)
+
+
+def override(
+    merged: Mapping[str, Setting], train: type, algo: type, layers: Sequence[tuple[str, Flat]]
+) -> dict[str, Setting]:
+    """`merged` with more layers above it. Raises UserError as `merge` does."""
+    merged = dict(merged)
     hints = typing.get_type_hints(train) | {f"algo.{k}": hint for k, hint in typing.get_type_hints(algo).items()}
-    fields = set(merged)
+    fields = set(hints)
     for origin, layer in layers:
         for key, value in layer.items():
             if key.startswith("env."):

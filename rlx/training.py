@@ -6,17 +6,18 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlx import settings
-from rlx.algorithm import Algorithm, LearnerState, Mode, Plan, Policy, Source, SourceState
+from rlx import group, settings
+from rlx.algorithm import Algorithm, Key, LearnerState, Mode, Plan, Policy, Source, SourceState
 from rlx.compilation import Programs, check_environment, check_fixed_point, compile_programs
 from rlx.environment import Environment
 from rlx.errors import UserError, require
-from rlx.evaluation import make_evaluate
+from rlx.evaluation import EvalResult, make_evaluate
 from rlx.logging import Progress, RunDirectory, Writer
 from rlx.recording import Recorder, StopSignal, check_same_settings, describe, draw_curve, open_checkpoints
 from rlx.rollout import make_source
@@ -49,6 +50,7 @@ class TrainState(NamedTuple):
     source: SourceState
     key: jax.Array  # the root key; never changes
     iteration: jax.Array  # () int32
+    stopped: jax.Array | None = None  # () int32, of a run among many: the iteration that was not finite, -1 before one
 
 
 class EpochMetrics(NamedTuple):
@@ -66,6 +68,7 @@ class Run(NamedTuple):
     history: list[dict[str, float]]  # the rows of metrics.jsonl
     policy: Policy  # greedy
     interrupted: bool  # a signal ended it early; `resume` goes on
+    error: str = ""  # of a run among many that met a NaN or an infinity; its state is of no use
 
 
 def init_state(algorithm: Algorithm, source: Source, key: jax.Array, policy: Policy | None = None) -> TrainState:
@@ -85,7 +88,7 @@ def make_iteration(algorithm: Algorithm, source: Source) -> Callable[[TrainState
         policy = algorithm.policy(state.learner, "explore")
         source_state, trajectory, stats = source.collect(algorithm, policy, state.source, collect_key)
         learner, metrics = algorithm.update(state.learner, trajectory, state.iteration, update_key)
-        state = TrainState(learner, source_state, state.key, state.iteration + 1)
+        state = state._replace(learner=learner, source=source_state, iteration=state.iteration + 1)
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
         return state, EpochMetrics(jnp.ones((), jnp.float32), metrics, stats)
 
@@ -110,8 +113,10 @@ def make_epoch(
         zeros = jax.tree.map(lambda x: jnp.full(x.shape, -1 if x.dtype == jnp.int32 else 0, x.dtype), shapes)
 
         def body(_, carry):
-            state, sums = carry
-            state, new = iterate(state)
+            before, sums = carry
+            state, new = iterate(before)
+            if before.stopped is not None:
+                state, new = stop_nonfinite(before, state, new)
             nonfinite = jax.tree.map(jnp.maximum, sums.stats.nonfinite, new.stats.nonfinite)
             sums = jax.tree.map(jnp.add, sums, new)
             return state, sums._replace(stats=sums.stats._replace(nonfinite=nonfinite))
@@ -119,6 +124,27 @@ def make_epoch(
         return jax.lax.fori_loop(0, count, body, (state, zeros))
 
     return epoch
+
+
+def stop_nonfinite(before: TrainState, after: TrainState, metrics: EpochMetrics) -> tuple[TrainState, EpochMetrics]:
+    """One iteration of a run among many: one that is not finite is taken back, and from then on nothing changes.
+
+    Its metrics stand, so that the host sees it; those of later iterations are zero.
+    """
+    assert before.stopped is not None
+    running = before.stopped < 0
+    finite = [jnp.isfinite(value).all() for value in metrics.train.values()]
+    finite += [index < 0 for index in metrics.stats.nonfinite.values()]
+    goes_on = running & jnp.stack([jnp.ones((), bool), *finite]).all()
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(goes_on, new, old), (after.learner, after.source), (before.learner, before.source)
+    )
+    stopped = jnp.where(running & ~goes_on, before.iteration, before.stopped)
+    still = metrics._replace(stats=metrics.stats._replace(nonfinite={}))
+    still = jax.tree.map(lambda x: jnp.where(running, x, jnp.zeros_like(x)), still)
+    nonfinite = {k: jnp.where(running, index, -1) for k, index in metrics.stats.nonfinite.items()}
+    metrics = still._replace(stats=still.stats._replace(nonfinite=nonfinite))
+    return after._replace(learner=kept[0], source=kept[1], stopped=stopped), metrics
 
 
 class Schedule(NamedTuple):
@@ -163,41 +189,38 @@ def make_schedule(env: Environment, config: TrainConfig) -> Schedule:
 
 def run_epochs(
     programs: Programs,
+    varied: Mapping[str, jax.Array],
     schedule: Schedule,
     config: TrainConfig,
-    algorithm: Algorithm,
     state: TrainState,
-    recorder: Recorder,
+    recorder: Recorder | group.GroupRecorder,
     stop: StopSignal,
-    on_epoch: Callable[[dict[str, float]], Any] | None,
+    on_epoch: Callable[[Any], Any] | None,
 ) -> TrainState:
     """The loop. The host handles an epoch's metrics after it has dispatched the next one."""
     on_epoch = on_epoch or (lambda row: None)
     iteration = int(state.iteration)
-    _, _, _, eval_key = jax.random.split(state.key, 4)
-
-    def evaluate(state: TrainState, iteration: int) -> dict[str, float]:
-        policy = algorithm.policy(state.learner, "greedy")
-        return recorder.evaluation(iteration, programs.evaluate(policy, eval_key), policy)
-
     if iteration == 0 and config.num_evals:
-        recorder.write(0, evaluate(state, 0))
+        recorder.evaluation(0, *programs.evaluate(state, varied))
+        recorder.write(0)
     recorder.begin(iteration)
     pending: tuple[int, EpochMetrics, float | None] | None = None
     stopping = False
     while iteration < schedule.plan.num_iterations and not stopping:
-        state, metrics = programs.epoch(state)
+        state, metrics = programs.epoch(state, varied)
         if pending:
-            stopping = bool(on_epoch(recorder.write(pending[0], recorder.epoch(*pending, state.learner))))
+            recorder.epoch(*pending, state.learner)
+            stopping = bool(on_epoch(recorder.write(pending[0])))
         iteration = schedule.after(iteration)
         pending = (iteration, metrics, recorder.time_if_ready(metrics))
         evaluates = schedule.due(iteration, config.num_evals)
         last = iteration == schedule.plan.num_iterations
         if evaluates or last or stop.requested or stopping or schedule.due(iteration, config.num_checkpoints):
-            row = recorder.epoch(*pending, state.learner)
+            recorder.epoch(*pending, state.learner)
             pending = None
-            row |= evaluate(state, iteration) if evaluates else {}
-            stopping |= bool(on_epoch(recorder.write(iteration, row))) | stop.requested
+            if evaluates:
+                recorder.evaluation(iteration, *programs.evaluate(state, varied))
+            stopping |= bool(on_epoch(recorder.write(iteration))) | stop.requested
             if stopping or schedule.due(iteration, config.num_checkpoints):
                 recorder.save(iteration, state)
             recorder.resume_clock()
@@ -255,9 +278,10 @@ def train(
         check_same_settings(directory.config, description)
     elif run_dir is not None:
         RunDirectory.check_free(run_dir, overwrite)
+    key = jax.random.key(train_config.seed)
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        programs = compile_run(env, built, schedule, train_config, init_policy, progress)
+        programs = compile_run(env, lambda varied: built, schedule, train_config, key, {}, init_policy, progress)
         if run_dir is not None and not resume:
             directory = RunDirectory.create(run_dir, description, overwrite)
         stop = stack.enter_context(StopSignal(progress.quiet))
@@ -266,13 +290,96 @@ def train(
             state = recorder.open(stack, directory, train_config.keep_checkpoints, resume, programs.abstract_state)
         recorder.writers += writers
         if state is None:
-            state = programs.init(jax.random.key(train_config.seed), init_policy)
+            state = programs.init(key, {}, init_policy)
         with progress.phase("training"):
-            state = run_epochs(programs, schedule, train_config, built, state, recorder, stop, on_epoch)
+            state = run_epochs(programs, {}, schedule, train_config, state, recorder, stop, on_epoch)
     interrupted = int(state.iteration) < plan.num_iterations
     if directory:
         draw_curve(directory, progress)
     return Run(state, recorder.history, built.policy(state.learner, "greedy"), interrupted)
+
+
+def train_many(
+    env: Environment,
+    algorithm: Any,
+    runs: Mapping[str, tuple[TrainConfig, Any]],
+    *,
+    run_dir: str | Path | None = None,
+    records: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    overwrite: bool = False,
+    resume: bool = False,
+    init_policy: Policy | None = None,
+    on_epoch: Callable[[dict[str, dict[str, float]]], Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Run]:
+    """Trains many runs as one compiled program, each recorded as if it had run alone.
+
+    A run differs from itself alone by the rounding of batched arithmetic, which learning amplifies: 1e-5 after a few
+    iterations, another draw of the same distribution in the end. One that meets a NaN or an infinity is recorded no
+    further (`failed.json`, `Run.error`); the others go on.
+
+    Args:
+        env, algorithm, overwrite, resume, init_policy, progress: as for `train`.
+        runs: name -> its settings. They may differ in `seed` and in fields of the algorithm's Config that are floats.
+        run_dir: holds a run directory for each name.
+        records: name -> more entries for its config.json.
+        on_epoch: called with {name: row of metrics} of the runs that go on; a true answer ends all after a save.
+
+    Raises:
+        UserError: as `train`; runs that differ in another setting.
+        NonFiniteError: every run has met one.
+    """
+    names = list(runs)
+    train_config, config, varied = group.varied_settings(runs)
+    schedule = make_schedule(env, train_config)
+    plan = schedule.plan
+    built = [build_algorithm(algorithm, of_run, env, plan) for _, of_run in runs.values()]
+    check_policy(built[0], init_policy)
+    require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the runs")
+    progress = progress or Progress()
+    progress.total_steps = plan.num_iterations * plan.steps_per_iteration
+    schedule_entry = {**plan._asdict(), "iterations_per_epoch": schedule.iterations_per_epoch}
+    descriptions = {
+        name: describe(algorithm, env, *runs[name], schedule_entry) | dict(records.get(name, {})) for name in names
+    }
+    directories = []
+    if run_dir is not None and resume:
+        directories = [RunDirectory.open(Path(run_dir) / name) for name in names]
+        for directory in directories:
+            check_same_settings(directory.config, descriptions[directory.path.name])
+    elif run_dir is not None:
+        group.check_free(run_dir, names, overwrite)
+    key = jnp.stack([jax.random.key(of_run.seed) for of_run, _ in runs.values()])
+
+    def make(varied: Mapping[str, jax.Array]) -> Algorithm:
+        return algorithm.make(dataclasses.replace(config, **varied), env.spec, plan)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress)
+        if run_dir is not None and not resume:
+            directories = group.create(run_dir, descriptions, overwrite)
+        stop = stack.enter_context(StopSignal(progress.quiet))
+        state, recorder = None, group.GroupRecorder(names, plan.steps_per_iteration, progress)
+        if directories:
+            keep, abstract = train_config.keep_checkpoints, programs.abstract_state
+            greedy = jax.eval_shape(jax.vmap(lambda learner: built[0].policy(learner, "greedy")), abstract.learner)
+            state = recorder.open(stack, directories, keep, resume, abstract, greedy)
+        if state is None:
+            state = programs.init(key, varied, init_policy)
+        with progress.phase("training"):
+            state = run_epochs(programs, varied, schedule, train_config, state, recorder, stop, on_epoch)
+            with progress.phase("writing the runs' own checkpoints"):
+                recorder.save_each(state)
+    interrupted = int(state.iteration) < plan.num_iterations
+    for directory in directories:
+        draw_curve(directory, progress)
+    found = {}
+    for index, (name, member) in enumerate(recorder.members.items()):
+        own = group.one_run(state, index)
+        policy = built[index].policy(own.learner, "greedy")
+        found[name] = Run(own, member.history, policy, interrupted, recorder.failed.get(name, ""))
+    return found
 
 
 def build_algorithm(module: Any, config: Any, env: Environment, plan: Plan) -> Algorithm:
@@ -285,21 +392,49 @@ def build_algorithm(module: Any, config: Any, env: Environment, plan: Plan) -> A
 
 
 def compile_run(
-    env: Environment, algorithm: Algorithm, schedule: Schedule, config: TrainConfig, policy: Policy, progress: Progress
+    env: Environment,
+    make: Callable[[Mapping[str, jax.Array]], Algorithm],
+    schedule: Schedule,
+    config: TrainConfig,
+    key: Key,
+    varied: Mapping[str, jax.Array],
+    policy: Policy | None,
+    progress: Progress,
 ) -> Programs:
-    """Everything a run needs, compiled ahead of the first step."""
+    """Everything a run needs, compiled ahead of the first step; many runs, if there are many keys.
+
+    `make` gives the algorithm for its `varied` settings, () each. With `key` [K] those are [K], and all leaves of the
+    state and of what it gives are [K, ...], but for the iteration.
+    """
     check_environment(env)
     source = make_source(env, schedule.plan, config.reset, config.reset_pool_size, config.stagger)
-    evaluate = None
-    if config.num_evals:
-        evaluate = make_evaluate(env, algorithm, config.eval_episodes, "greedy", config.eval_decisions)
+    many = key.ndim > 0
+
+    def init(key: Key, varied: Any, policy: Policy | None) -> TrainState:
+        state = init_state(make(varied), source, key, policy)
+        return state._replace(stopped=jnp.full((), -1, jnp.int32)) if many else state
+
+    def epoch(state: TrainState, varied: Any) -> tuple[TrainState, EpochMetrics]:
+        return make_epoch(make(varied), source, schedule.plan, schedule.iterations_per_epoch)(state)
+
+    def evaluate(state: TrainState, varied: Any) -> tuple[EvalResult, Policy]:
+        algorithm = make(varied)
+        policy = algorithm.policy(state.learner, "greedy")
+        play = make_evaluate(env, algorithm, config.eval_episodes, "greedy", config.eval_decisions)
+        _, _, _, eval_key = jax.random.split(state.key, 4)
+        return play(policy, eval_key), policy
+
+    functions: tuple[Any, Any, Any] = (init, epoch, evaluate)
+    if many:
+        of_state = TrainState(0, 0, 0, None, 0)  # type: ignore[arg-type]
+        functions = (
+            jax.vmap(init, (0, 0, None), of_state),
+            jax.vmap(epoch, (of_state, 0), (of_state, 0)),
+            jax.vmap(evaluate, (of_state, 0)),
+        )
+    init_all, epoch_all, evaluate_all = functions
     return compile_programs(
-        init=lambda key, policy: init_state(algorithm, source, key, policy),
-        epoch=make_epoch(algorithm, source, schedule.plan, schedule.iterations_per_epoch),
-        evaluate=evaluate,
-        greedy=lambda state: algorithm.policy(state.learner, "greedy"),
-        policy=policy,
-        progress=progress,
+        init_all, epoch_all, evaluate_all if config.num_evals else None, key, varied, policy, progress
     )
 
 

@@ -18,7 +18,7 @@ BASE = {"rlx.errors", "rlx.types", "rlx.machine"}
 CONTRACT = BASE | {"rlx.environment", "rlx.algorithm"}
 SHARED = {"returns", "replay", "normalize", "distributions", "networks", "statistics", "minibatches"}
 DRIVER = {"training", "rollout", "evaluation", "checkpoint", "checkpoint_store", "compilation", "data", "logging"}
-DRIVER |= {"plotting", "recording", "sharding", "benchmark", "measuring"}
+DRIVER |= {"plotting", "recording", "sharding", "benchmark", "measuring", "group", "sweep"}
 
 
 def modules(folder):
@@ -81,7 +81,7 @@ def test_the_driver_names_no_algorithm(name):
     assert not words & set(ALGORITHMS)
 
 
-@pytest.mark.parametrize("name", sorted(n for n in ALL if n.startswith("rlx") and n != "rlx.cli"))
+@pytest.mark.parametrize("name", sorted(n for n in ALL if n.startswith("rlx") and not n.startswith("rlx.cli")))
 def test_the_library_imports_no_environment_but_in_the_command_line(name):
     assert not {n for n in imports(ALL[name]) if n.partition(".")[0] == "envs"}
 

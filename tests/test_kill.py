@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlx import cli
 from rlx.algorithms import ALGORITHMS
 from rlx.checkpoint import Checkpointer
+from rlx.cli.pairs import load_run
 from rlx.logging import read_metrics
 from rlx.rollout import make_source
 from rlx.training import init_state, make_schedule
@@ -116,7 +116,7 @@ def leaves(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 def restored(folder: Path) -> tuple[Any, ...]:
     """Leaves and step of the newest checkpoint, and of the best policy."""
-    run = cli.load_run(str(folder))
+    run = load_run(str(folder))
     plan = make_schedule(run.env, run.train_config).plan
     learner = run.module.make(run.config, run.env.spec, plan)
     source = make_source(run.env, plan, run.train_config.reset, run.train_config.reset_pool_size)

@@ -1,0 +1,151 @@
+"""What a run is built from: references to an algorithm and an environment, looked up, recorded and built again."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from rlx import external, settings
+from rlx.algorithms import ALGORITHMS
+from rlx.errors import UserError, unknown
+from rlx.logging import RunDirectory
+
+
+class Pair(NamedTuple):
+    """What a run is built from. References are canonical: they mean the same in any working directory."""
+
+    algorithm: str
+    env: str
+    physics: str = "auto"
+    overrides: Mapping[str, Any] = {}
+    files: Mapping[str, Mapping[str, str]] = {}  # of "algorithm", "env", "env.KEY", where they are files: path, sha256
+
+    def reference(self, part: str) -> str:
+        """What stands for one of `files`."""
+        return self.overrides[part.removeprefix("env.")] if part.startswith("env.") else getattr(self, part)
+
+
+def say(quiet: bool, text: str) -> None:
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def envs_package() -> ModuleType:
+    """The `envs` installed beside this package, even where the working directory has a folder of that name."""
+    root = str(Path(__file__).resolve().parents[2])
+    sys.path.insert(0, root)
+    try:
+        return importlib.import_module("envs")
+    finally:
+        sys.path.remove(root)
+
+
+def find_pair(algorithm: str, env: str) -> Pair:
+    """Checks both references without importing jax. Raises UserError with close names."""
+    suites = envs_package()
+    files = {}
+    if algorithm not in ALGORITHMS:
+        if not algorithm.endswith(".py") and external.source_file(algorithm) is None:
+            raise unknown("algorithm", algorithm, ALGORITHMS)
+        algorithm = external.canonical(algorithm)
+        files["algorithm"] = external.fingerprint(algorithm, "algorithm")
+    if ":" in env:
+        env = external.canonical(env)
+        files["env"] = external.fingerprint(env, "env")
+    elif env.endswith(".py"):
+        raise UserError(f"env {env!r} lacks the function that makes it: {env}:make, say.")
+    suites.check_name(env)
+    return Pair(algorithm, env, files=files)
+
+
+def with_overrides(pair: Pair, overrides: Mapping[str, Any]) -> Pair:
+    """`pair` with these overrides of its environment; references to functions among them are made canonical.
+
+    Raises UserError for a file that does not exist.
+    """
+    canonical, files = dict(overrides), dict(pair.files)
+    for key, value in overrides.items():
+        target, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+        if colon and function.isidentifier() and (target.endswith(".py") or external.source_file(target)):
+            canonical[key] = external.canonical(value)
+            files[f"env.{key}"] = external.fingerprint(canonical[key], f"env.{key}")
+    return pair._replace(overrides=canonical, files=files)
+
+
+def load_algorithm(pair: Pair) -> ModuleType:
+    """The algorithm's module. Raises UserError if it lacks Config or make."""
+    if pair.algorithm in ALGORITHMS:
+        return importlib.import_module(ALGORITHMS[pair.algorithm])
+    return external.load_algorithm(pair.algorithm)
+
+
+def load_env(pair: Pair) -> Any:
+    """The environment. Raises UserError for an engine or an override that it does not take."""
+    return envs_package().make(pair.env, pair.physics, **pair.overrides)
+
+
+def default_run_dir(pair: Pair, seed: int) -> str:
+    """A new folder of runs/: algorithm, environment, seed, time."""
+    names = [Path(name).name if ".py" in name else name for name in (pair.algorithm, pair.env)]
+    parts = [re.sub(r"[^\w-]+", "_", name.removesuffix(".py")) for name in names]
+    return f"runs/{parts[0]}-{parts[1]}-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def describe(pair: Pair) -> dict[str, Any]:
+    """What config.json needs to build the pair again."""
+    parts = {"physics": pair.physics, "env_overrides": dict(pair.overrides), "files": dict(pair.files)}
+    return {"algorithm": pair.algorithm, "env": pair.env, **parts}
+
+
+class LoadedRun(NamedTuple):
+    """A run directory and what it was built from."""
+
+    directory: RunDirectory
+    pair: Pair
+    env: Any
+    module: ModuleType
+    train_config: Any
+    config: Any
+
+
+def load_run(run_dir: str | Path, physics: str = "") -> LoadedRun:
+    """Builds environment and algorithm of a run again, on another engine if `physics` names one.
+
+    Raises UserError that says what is missing.
+    """
+    directory = RunDirectory.open(run_dir)
+    recorded = directory.config
+    if "env_overrides" not in recorded:
+        raise UserError(f"{str(run_dir)!r} was begun from Python: go on there, with rlx.train(..., resume=True).")
+    pair = Pair(*(recorded[name] for name in ("algorithm", "env", "physics", "env_overrides", "files")))
+    pair = pair._replace(physics=physics or pair.physics)
+    for part, was in pair.files.items():
+        warning = external.changed(pair.reference(part), part, was)
+        say(warning is None, str(warning))
+    module = load_algorithm(pair)
+    env = load_env(pair)
+    return LoadedRun(directory, pair, env, module, *settings_of(directory, module))
+
+
+def settings_of(directory: RunDirectory, module: ModuleType) -> tuple[Any, Any]:
+    """The recorded TrainConfig and Config of a run. Raises UserError for fields that are no more."""
+    from rlx.training import TrainConfig
+
+    train_config = settings.build(TrainConfig, directory.config["train"])
+    return train_config, settings.build(module.Config, directory.config["algo"])
+
+
+def start_policy(run_dir: str | None, physics: str) -> Any:
+    """The policy that `--from` names, or None. Its environment is built on the engine of the run that begins."""
+    from rlx.training import load_policy
+
+    if not run_dir:
+        return None
+    run = load_run(run_dir, physics)
+    return load_policy(run_dir, run.env, run.module, run.train_config, run.config)[1]

@@ -1,0 +1,143 @@
+"""`rlx train`, `rlx resume`: runs begun and gone on with."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlx import settings
+from rlx.cli.pairs import (
+    default_run_dir,
+    describe,
+    find_pair,
+    load_algorithm,
+    load_env,
+    load_run,
+    say,
+    settings_of,
+    start_policy,
+    with_overrides,
+)
+from rlx.cli.sweeps import go_on, is_sweep
+from rlx.errors import require
+from rlx.logging import Progress, RunDirectory, run_directories, versions
+
+TRAIN_HELP = """\
+usage: rlx train ALGORITHM ENV [--total-steps N] [--num-envs N] [--seed S] [--run-dir DIR] [--from RUN_DIR]
+                 [--physics P] [--config FILE] [--overwrite] [--quiet] [--algo.FIELD V ...] [--env.KEY V ...]
+
+`rlx train ALGORITHM ENV --help` lists every setting with its default for that pair.
+"""
+
+
+def train(arguments: list[str]) -> int:
+    """`rlx train ALGORITHM ENV [...]`."""
+    wants_help = "-h" in arguments or "--help" in arguments
+    if len(arguments) < 2 or arguments[0].startswith("-") or arguments[1].startswith("-"):
+        print(TRAIN_HELP, end="", file=sys.stdout if wants_help else sys.stderr)
+        return 0 if wants_help else 2
+    quiet = wants_help or "--quiet" in arguments
+    pair = find_pair(*arguments[:2])
+    with Progress(quiet=quiet) as shown:
+        with shown.phase("importing"):
+            algorithm = load_algorithm(pair)
+            from rlx import training
+            from rlx.arguments import parse_train
+        options, merged = parse_train(pair.env, pair.algorithm, arguments[2:], training.TrainConfig, algorithm.Config)
+        pair = with_overrides(pair._replace(physics=options.physics), settings.values(merged, "env."))
+        merged |= {f"env.{key}": merged[f"env.{key}"]._replace(value=value) for key, value in pair.overrides.items()}
+        train_config = settings.build(training.TrainConfig, settings.values(merged))
+        config = settings.build(algorithm.Config, settings.values(merged, "algo."))
+        require(options.num_seeds >= 1, "num_seeds", options.num_seeds, "at least 1")
+        run_dir = Path(options.run_dir or default_run_dir(pair, train_config.seed)).absolute()
+        say(quiet, f"{pair.algorithm} on {pair.env}, seed {train_config.seed}, in {run_dir}")
+        say(quiet, settings.describe(merged))
+        with shown.phase("building"):
+            env = load_env(pair)
+            pair = pair._replace(physics=env.spec.physics or pair.physics)  # "auto" may be another one elsewhere
+            say(quiet or not env.spec.physics, f"physics: {env.spec.physics}")
+            start = options.from_run and str(Path(options.from_run).absolute())
+            policy = start_policy(start, pair.physics)
+        record = {**describe(pair), "from": start, "wandb": options.wandb}
+        record["command"] = shlex.join(["rlx", "train", *arguments])
+        record["settings"] = {key: {"value": s.value, "from": s.origin} for key, s in merged.items()}
+        keywords: dict[str, Any] = {"run_dir": run_dir, "overwrite": options.overwrite, "init_policy": policy}
+        keywords["progress"] = shown
+        if options.num_seeds == 1:
+            return finish(training.train(env, algorithm, train_config, config, record=record, **keywords), run_dir)
+        runs = {
+            f"seed-{seed}": (dataclasses.replace(train_config, seed=seed), config)
+            for seed in range(train_config.seed, train_config.seed + options.num_seeds)
+        }
+        records = {
+            name: {**record, "settings": {**record["settings"], "seed": {"value": own.seed, "from": "num_seeds"}}}
+            for name, (own, _) in runs.items()
+        }
+        return finish_many(training.train_many(env, algorithm, runs, records=records, **keywords), run_dir)
+
+
+def finish(run: Any, run_dir: Path) -> int:
+    """The last lines of a run on stdout, and its exit status."""
+    if run.interrupted:
+        print(f"stopped at step {run.history[-1]['step'] if run.history else 0:,}; go on with: rlx resume {run_dir}")
+        return 130
+    returns = [row["eval/return"] for row in run.history if "eval/return" in row]
+    text = f"; mean return of the last evaluation: {returns[-1]:.4g}" if returns else ""
+    print(f"done: {run_dir}{text}")
+    return 0
+
+
+def finish_many(runs: Mapping[str, Any], run_dir: Path) -> int:
+    """As `finish`, for runs in one program; 1 where some of them met a NaN or an infinity."""
+    for name, run in runs.items():
+        returns = [row["eval/return"] for row in run.history if "eval/return" in row]
+        text = f"mean return of the last evaluation: {returns[-1]:.4g}" if returns else "no evaluation"
+        print(f"{name}: {f'stopped: {run.error}' if run.error else text}")
+    if any(run.interrupted for run in runs.values()):
+        print(f"stopped; go on with: rlx resume {run_dir}")
+        return 130
+    last = [[row["eval/return"] for row in run.history if "eval/return" in row][-1:] for run in runs.values()]
+    returns = [value for values in last for value in values]
+    text = f"; mean over {len(returns)} runs: {sum(returns) / len(returns):.4g}" if returns else ""
+    print(f"done: {run_dir}{text}")
+    return int(any(run.error for run in runs.values()))
+
+
+def resume(arguments: list[str]) -> int:
+    """`rlx resume RUN_DIR`."""
+    parser = argparse.ArgumentParser("rlx resume", description="Go on with a run that was stopped.", allow_abbrev=False)
+    parser.add_argument("run_dir")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
+    options = parser.parse_args(arguments)
+    if is_sweep(options.run_dir):
+        with Progress(quiet=options.quiet) as shown:
+            return go_on(Path(options.run_dir).absolute(), shown)
+    members = run_directories(options.run_dir)
+    recorded = RunDirectory.open(members[0]).config
+    with Progress(quiet=options.quiet) as shown:
+        with shown.phase("building"):
+            run = load_run(members[0])
+            from rlx import training
+            from rlx.checkpoint import Checkpointer
+
+            empty = Checkpointer(Path(options.run_dir) / "checkpoints").empty()
+            policy = start_policy(recorded.get("from") if empty else None, run.pair.physics)
+        now = versions()
+        other = [f"{k} {was} then, {now.get(k, 'missing')} now" for k, was in recorded["versions"].items()]
+        other = [text for text, (k, was) in zip(other, recorded["versions"].items(), strict=True) if now.get(k) != was]
+        say(options.quiet or not other, f"versions differ, so results may in their last digits: {'; '.join(other)}")
+        keywords: dict[str, Any] = {"init_policy": policy, "progress": shown, "resume": True}
+        own = describe(run.pair)
+        folder = Path(options.run_dir).absolute()
+        if members == [folder]:
+            built = (run.env, run.module, run.train_config, run.config)
+            return finish(training.train(*built, run_dir=folder, record=own, **keywords), folder)
+        runs = {path.name: settings_of(RunDirectory.open(path), run.module) for path in members}
+        records = dict.fromkeys(runs, own)
+        done = training.train_many(run.env, run.module, runs, run_dir=folder, records=records, **keywords)
+    return finish_many(done, folder)

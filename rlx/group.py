@@ -1,0 +1,241 @@
+"""Many runs in one program: what may differ between them, and the host's side, which records each as if it were alone.
+
+Leaves of the state and of everything the program gives are [K, ...]; the iteration alone is shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlx.algorithm import LearnerState, Policy
+from rlx.checkpoint import Checkpointer
+from rlx.errors import NonFiniteError, UserError, require
+from rlx.evaluation import EvalResult
+from rlx.logging import FAILED, RUNS, Progress, RunDirectory, read_metrics, write_atomically
+from rlx.recording import Recorder, open_checkpoints
+from rlx.rollout import where_done
+from rlx.types import PyTree
+
+
+def check_free(run_dir: str | Path, names: Sequence[str], overwrite: bool) -> None:
+    """Raises UserError where `run_dir` holds runs, unless `overwrite`, or anything else."""
+    folder = Path(run_dir).absolute()
+    if not (folder / RUNS).is_file():
+        RunDirectory.check_free(folder)
+    elif not overwrite:
+        raise UserError(f"{str(folder)!r} already holds runs: use `rlx resume {folder}`, or --overwrite.")
+    for name in names:
+        RunDirectory.check_free(folder / name, overwrite)
+
+
+def create(run_dir: str | Path, descriptions: Mapping[str, Mapping[str, Any]], overwrite: bool) -> list[RunDirectory]:
+    """A run directory for each name, and the list of them. Raises UserError as `check_free` does."""
+    folder = Path(run_dir).absolute()
+    check_free(folder, list(descriptions), overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of the runs that these replace
+    write_atomically(folder / RUNS, json.dumps({"runs": list(descriptions)}) + "\n")
+    return [RunDirectory.create(folder / name, entries, overwrite) for name, entries in descriptions.items()]
+
+
+def varied_settings(runs: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """What K runs share, a TrainConfig and a Config, and the fields of Config in which they differ, [K] float32.
+
+    Raises UserError where they differ in what one program cannot vary.
+    """
+    require(bool(runs), "runs", dict(runs), "at least one")
+    for name in runs:
+        require(bool(name) and name == name.strip("./ ") and "/" not in name, "run", name, "the name of a folder")
+    trains, configs = zip(*runs.values(), strict=True)
+    hints = typing.get_type_hints(type(configs[0]))
+    differing = [field for field in hints if any(getattr(c, field) != getattr(configs[0], field) for c in configs)]
+    fixed = [f"algo.{field}" for field in differing if hints[field] is not float]
+    train_fields = [field.name for field in dataclasses.fields(trains[0]) if field.name != "seed"]
+    fixed += [field for field in train_fields if any(getattr(t, field) != getattr(trains[0], field) for t in trains)]
+    if fixed:
+        raise UserError(
+            f"{fixed[0]} differs between the runs: in one program those may differ in the seed and in numbers of the "
+            "algorithm's Config (floats); train the others one after another."
+        )
+    varied = {field: jnp.asarray([getattr(c, field) for c in configs], jnp.float32) for field in differing}
+    return trains[0], configs[0], varied
+
+
+def take(tree: PyTree, index: int) -> PyTree:
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def one_run(state: Any, index: int) -> Any:
+    """Run `index` of a TrainState that holds many, as if it were alone; where it was stopped, as it was then."""
+    learner, source, key, stopped = take((state.learner, state.source, state.key, state.stopped), index)
+    iteration = jnp.where(stopped < 0, state.iteration, stopped)
+    return state._replace(learner=learner, source=source, key=key, iteration=iteration, stopped=None)
+
+
+@jax.jit
+def finite_runs(learner: LearnerState) -> jax.Array:
+    """[K] bool: which runs' floats are all finite."""
+    leaves = [x for x in jax.tree.leaves(learner) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1) for x in leaves]).all(axis=0)
+
+
+class Best(NamedTuple):
+    """The best evaluation of each run so far."""
+
+    policy: Policy  # [K, ...]
+    value: jax.Array  # [K] float32, -inf before the first
+    step: jax.Array  # [K, 2] uint32: low and high word
+
+
+class GroupRecorder:
+    """A `rlx.recording.Recorder` for many runs; each has one of its own in `members`.
+
+    A run that is not finite stays as it was before (`rlx.training.stop_nonfinite`) and is recorded no further; `failed`
+    says why. While they train there is one checkpoint of all, for a hundred small ones would take longer than the
+    training; at the end each run gets its own.
+    """
+
+    def __init__(self, names: Sequence[str], steps_per_iteration: int, progress: Progress):
+        quiet = Progress(quiet=True)
+        quiet.phases = dict(progress.phases)
+        self.members = {name: Recorder(steps_per_iteration, quiet) for name in names}
+        self.failed: dict[str, str] = {}
+        self._directories: dict[str, RunDirectory] = {}
+        self._checkpointer: Checkpointer | None = None
+        self._best: Any = None  # `Best`, where runs are recorded
+        self._keep = 1
+        self._progress, self._steps_per_iteration = progress, steps_per_iteration
+
+    def open(
+        self,
+        stack: contextlib.ExitStack,
+        directories: Sequence[RunDirectory],
+        keep: int,
+        resume: bool,
+        abstract_state: Any,
+        abstract_policy: Policy,
+    ) -> Any:
+        """As `Recorder.open`. The checkpoints of all runs together lie beside their directories."""
+        self._directories, self._keep = dict(zip(self.members, directories, strict=True)), keep
+        self._best = Best(
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_policy),
+            jnp.full(len(self.members), -jnp.inf, jnp.float32),
+            jnp.zeros((len(self.members), 2), jnp.uint32),
+        )
+        first = directories[0]
+        metadata = {name: first.config[name] for name in ("algorithm", "env")} | {"runs": list(self.members)}
+        self._checkpointer = Checkpointer(first.path.parent / "checkpoints", keep, metadata)
+        stack.callback(self._checkpointer.close)
+        state, step = None, None
+        if resume and self._checkpointer.empty():
+            self._progress.message("no checkpoint yet: starting from the beginning")
+            step = -1
+        elif resume:
+            (state, self._best), step = self._checkpointer.restore(
+                (abstract_state, jax.eval_shape(lambda: self._best)), expect=("algorithm", "env", "runs")
+            )
+            self._progress.message(f"resuming {len(self.members)} runs at step {step}")
+        for index, (name, directory) in enumerate(self._directories.items()):
+            file = directory.path / FAILED
+            if state is not None and file.exists() and state.stopped[index] >= 0:
+                self.failed[name] = json.loads(file.read_text())["error"]
+                self.members[name].history = read_metrics(directory.metrics_path)
+                continue
+            file.unlink(missing_ok=True)  # it met it behind the checkpoint, and will again
+            self.members[name].attach(stack, directory, step)
+        if not self._live():
+            raise NonFiniteError(self._all_failed())
+        return state
+
+    def _live(self) -> list[str]:
+        return [name for name in self.members if name not in self.failed]
+
+    def _fail(self, name: str, iteration: int, error: NonFiniteError) -> None:
+        self.failed[name] = str(error)
+        self._progress.message(f"{name} is stopped, the others go on: {error}")
+        if self._directories:
+            entry = {"step": iteration * self._steps_per_iteration, "error": str(error)}
+            write_atomically(self._directories[name].path / FAILED, json.dumps(entry) + "\n")
+        if not self._live():
+            raise NonFiniteError(self._all_failed()) from error
+
+    def _all_failed(self) -> str:
+        return "; ".join(f"{name}: {error}" for name, error in self.failed.items())
+
+    def begin(self, iteration: int) -> None:
+        for member in self.members.values():
+            member.begin(iteration)
+
+    time_if_ready = staticmethod(Recorder.time_if_ready)
+
+    def epoch(self, iteration: int, metrics: Any, ended: float | None, learner: LearnerState) -> None:
+        metrics = jax.device_get(metrics)
+        for index, (name, member) in enumerate(self.members.items()):
+            if name not in self.failed:
+                own = take(metrics, index)
+                finite = all(np.isfinite(value) for value in own.train.values())
+                try:
+                    member.epoch(iteration, own, ended, () if finite else take(learner, index))
+                except NonFiniteError as error:
+                    self._fail(name, iteration, error)
+
+    def evaluation(self, iteration: int, result: EvalResult, policy: Policy) -> None:
+        result = jax.device_get(result)
+        for index, (name, member) in enumerate(self.members.items()):
+            if name not in self.failed:
+                member.evaluation(iteration, take(result, index), ())
+        if self._best is not None:
+            step = iteration * self._steps_per_iteration
+            words = jnp.asarray([[step % 2**32, step >> 32]], jnp.uint32).repeat(len(self.members), axis=0)
+            live = np.array([name not in self.failed for name in self.members])
+            value = np.where(live & np.isfinite(result.returns).all(axis=1), result.returns.mean(axis=1), -np.inf)
+            new = Best(policy, jnp.asarray(value, jnp.float32), words)
+            self._best = where_done(new.value > self._best.value, new, self._best)
+
+    def write(self, iteration: int) -> dict[str, dict[str, float]]:
+        rows = {name: self.members[name].write(iteration) for name in self._live()}
+        shown = {}
+        for key in ("train/return", "eval/return", "time/steps_per_second"):
+            values = [row[key] for row in rows.values() if key in row]
+            if values:
+                shown[key] = float(np.mean(values))
+        rate = shown.pop("time/steps_per_second", 0.0)
+        self._progress.update(iteration * self._steps_per_iteration, rate, shown)
+        return rows
+
+    def save(self, iteration: int, state: Any) -> None:
+        if self._checkpointer is None:
+            return
+        finite = np.asarray(finite_runs(state.learner))
+        for name, is_finite in zip(self.members, finite, strict=True):
+            if not is_finite and name not in self.failed:
+                self._fail(name, iteration, NonFiniteError(f"The learner is not finite at iteration {iteration}."))
+        self._checkpointer.save(iteration * self._steps_per_iteration, (state, self._best))
+
+    def save_each(self, state: Any) -> None:
+        """Every run's state and best policy in its own directory, as a run alone leaves them."""
+        finite = np.asarray(finite_runs(state.learner))
+        for index, directory in enumerate(self._directories.values()):
+            keeper = open_checkpoints(directory, self._keep)
+            own = one_run(state, index)
+            if finite[index]:
+                keeper.save(int(own.iteration) * self._steps_per_iteration, own)
+            best = take(self._best, index)
+            if np.isfinite(best.value):
+                keeper.save_best(int(best.step[0]) + (int(best.step[1]) << 32), best.policy, float(best.value))
+            keeper.close()
+
+    def resume_clock(self) -> None:
+        for member in self.members.values():
+            member.resume_clock()
