@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,16 @@ from rlx.algorithm import LearnerState, Policy
 from rlx.checkpoint import Checkpointer
 from rlx.errors import NonFiniteError, UserError, require
 from rlx.evaluation import EvalResult
-from rlx.logging import FAILED, RUNS, Progress, RunDirectory, read_metrics, write_atomically
+from rlx.logging import (
+    FAILED,
+    OWN_FILES,
+    RUNS,
+    Progress,
+    RunDirectory,
+    read_metrics,
+    run_directories,
+    write_atomically,
+)
 from rlx.recording import Recorder, open_checkpoints
 from rlx.rollout import where_done
 from rlx.types import PyTree
@@ -45,6 +55,9 @@ def create(run_dir: str | Path, descriptions: Mapping[str, Mapping[str, Any]], o
     check_free(folder, list(descriptions), overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of the runs that these replace
+    for old in run_directories(folder) if (folder / RUNS).is_file() else ():
+        if old.is_dir() and set(os.listdir(old)) <= {*OWN_FILES}:
+            shutil.rmtree(old)
     write_atomically(folder / RUNS, json.dumps({"runs": list(descriptions)}) + "\n")
     return [RunDirectory.create(folder / name, entries, overwrite) for name, entries in descriptions.items()]
 
@@ -81,13 +94,6 @@ def one_run(state: Any, index: int) -> Any:
     learner, source, key, stopped = take((state.learner, state.source, state.key, state.stopped), index)
     iteration = jnp.where(stopped < 0, state.iteration, stopped)
     return state._replace(learner=learner, source=source, key=key, iteration=iteration, stopped=None)
-
-
-@jax.jit
-def finite_runs(learner: LearnerState) -> jax.Array:
-    """[K] bool: which runs' floats are all finite."""
-    leaves = [x for x in jax.tree.leaves(learner) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.stack([jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1) for x in leaves]).all(axis=0)
 
 
 class Best(NamedTuple):
@@ -154,8 +160,7 @@ class GroupRecorder:
                 continue
             file.unlink(missing_ok=True)  # it met it behind the checkpoint, and will again
             self.members[name].attach(stack, directory, step)
-        if not self._live():
-            raise NonFiniteError(self._all_failed())
+        self.check_any()
         return state
 
     def _live(self) -> list[str]:
@@ -167,11 +172,11 @@ class GroupRecorder:
         if self._directories:
             entry = {"step": iteration * self._steps_per_iteration, "error": str(error)}
             write_atomically(self._directories[name].path / FAILED, json.dumps(entry) + "\n")
-        if not self._live():
-            raise NonFiniteError(self._all_failed()) from error
 
-    def _all_failed(self) -> str:
-        return "; ".join(f"{name}: {error}" for name, error in self.failed.items())
+    def check_any(self) -> None:
+        """Raises NonFiniteError where every run has failed."""
+        if not self._live():
+            raise NonFiniteError("; ".join(f"{name}: {error}" for name, error in self.failed.items()))
 
     def begin(self, iteration: int) -> None:
         for member in self.members.values():
@@ -215,22 +220,15 @@ class GroupRecorder:
         return rows
 
     def save(self, iteration: int, state: Any) -> None:
-        if self._checkpointer is None:
-            return
-        finite = np.asarray(finite_runs(state.learner))
-        for name, is_finite in zip(self.members, finite, strict=True):
-            if not is_finite and name not in self.failed:
-                self._fail(name, iteration, NonFiniteError(f"The learner is not finite at iteration {iteration}."))
-        self._checkpointer.save(iteration * self._steps_per_iteration, (state, self._best))
+        if self._checkpointer:
+            self._checkpointer.save(iteration * self._steps_per_iteration, (state, self._best))
 
     def save_each(self, state: Any) -> None:
         """Every run's state and best policy in its own directory, as a run alone leaves them."""
-        finite = np.asarray(finite_runs(state.learner))
         for index, directory in enumerate(self._directories.values()):
             keeper = open_checkpoints(directory, self._keep)
             own = one_run(state, index)
-            if finite[index]:
-                keeper.save(int(own.iteration) * self._steps_per_iteration, own)
+            keeper.save(int(own.iteration) * self._steps_per_iteration, own)
             best = take(self._best, index)
             if np.isfinite(best.value):
                 keeper.save_best(int(best.step[0]) + (int(best.step[1]) << 32), best.policy, float(best.value))

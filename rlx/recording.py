@@ -60,6 +60,9 @@ class StopSignal:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if self.requested and isinstance(outer, StopSignal):  # around several runs
+                outer.requested = True
 
 
 class Recorder:
@@ -150,8 +153,9 @@ class Recorder:
                 raise NonFiniteError(f"Environment {index} gave a value that is not finite in {leaf} {ends}.")
         for name, value in metrics.train.items():
             if not np.isfinite(value):
-                leaf = first_nonfinite(learner) or "none"
-                raise NonFiniteError(f"{name} is {value} {ends}; first leaf of the learner not finite: {leaf}.")
+                leaf = first_nonfinite(learner)
+                where = f"; first leaf of the learner not finite: {leaf}" if leaf else ""
+                raise NonFiniteError(f"{name} is {value} {ends}{where}.")
 
     def evaluation(self, iteration: int, result: EvalResult, policy: Policy) -> None:
         """Writes eval.json, keeps the policy if it is the best so far, and puts the returns in the row."""

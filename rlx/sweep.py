@@ -54,7 +54,8 @@ def read_grid(text: str) -> tuple[str, list[Any]]:
     key, equals, values = text.partition("=")
     require(bool(equals and values), "--grid", text, "KEY=VALUE,VALUE,...")
     found = literal(f"[{values}]")
-    return key_of(key), found if isinstance(found, list) else [literal(value) for value in values.split(",")]
+    found = found if isinstance(found, list) else [literal(value) for value in values.split(",")]
+    return key_of(key), [math.inf if value == "inf" else value for value in found]
 
 
 def read_random(text: str) -> tuple[str, Random]:
@@ -101,14 +102,23 @@ def combinations(space: Space) -> list[Combination]:
     count = space.samples if space.random else 1
     drawn = [{key: kind.draw(generator) for key, kind in space.random.items()} for _ in range(count)]
     points = [dict(zip(space.grid, point, strict=True)) for point in itertools.product(*space.grid.values())]
-    return [{**point, **sample} for point in points for sample in drawn]
+    found = [{**point, **sample} for point in points for sample in drawn]
+    return [c for index, c in enumerate(found) if c not in found[:index]]  # whole numbers are drawn again
 
 
-def name_of(combination: Mapping[str, Any]) -> str:
-    """A folder's name: `learning_rate=0.001,gamma=0.99`."""
-    text = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in combination.items()}
-    parts = (f"{key.rpartition('.')[2]}={value}" for key, value in text.items())
-    return "".join(char if char.isalnum() or char in "=,._+-" else "_" for char in ",".join(parts))
+def names_of(combinations: Sequence[Combination]) -> list[str]:
+    """Names of folders, one a combination: `learning_rate=0.001,gamma=0.99`, numbered where that is not unique.
+
+    Raises UserError for names that are too long for a file system.
+    """
+    names = []
+    for combination in combinations:
+        text = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in combination.items()}
+        name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in text.items())
+        names.append("".join(char if char.isalnum() or char in "=,._+-" else "_" for char in name))
+        require(len(names[-1]) <= 200, "sweep", names[-1], "settings of 200 characters at most together")
+    again = {name for name in names if names.count(name) > 1}
+    return [f"{name},{index}" if name in again else name for index, name in enumerate(names)]
 
 
 def programs(combinations: Iterable[Combination], varying: Iterable[str]) -> list[list[Combination]]:
@@ -122,48 +132,51 @@ def programs(combinations: Iterable[Combination], varying: Iterable[str]) -> lis
 
 
 class Judged(NamedTuple):
-    """One combination. Scores are means of a run's last evaluation; NaN where no run of the seeds was finite."""
+    """One combination. Scores are means of a run's last evaluation; NaN where one of those seeds failed."""
 
     name: str
     picking: float  # mean over the seeds that pick
     judging: float  # IQM over those that do not
-    low: float  # of its 95 % interval, NaN for fewer than two seeds
+    low: float  # of its 95 % interval, NaN for fewer than three seeds
     high: float
     failed: int  # runs that met a NaN or an infinity
+
+
+def halves(seeds: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """The seeds that pick and those that judge; a single one does both."""
+    half = -(-len(seeds) // 2)
+    return (seeds[:half], seeds[half:]) if len(seeds) > 1 else (seeds, seeds)
 
 
 def judge(scores: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> list[Judged]:
     """Combinations by their mean over the first half of the seeds, the best first, and their IQM over the others.
 
-    The first is picked; its figure is of seeds that had no part in picking it. A combination of which a seed failed
-    counts with the lowest score of all in that seed's place. With one seed that one does both.
+    The first is picked; its figure is of seeds that had no part in picking it. One whose picking seeds did not all
+    finish comes last.
     """
     from rlx.statistics import iqm, stratified_bootstrap_interval
 
-    half = -(-len(seeds) // 2)
-    pickers, judges = (seeds[:half], seeds[half:]) if len(seeds) > 1 else (seeds, seeds)
-    finite = [value for of_seed in scores.values() for value in of_seed.values() if math.isfinite(value)]
-    worst = min(finite, default=math.nan)
+    pickers, judges = halves(seeds)
     rows = []
     for name, of_seed in scores.items():
-        values = {seed: of_seed.get(seed, math.nan) for seed in seeds}
-        failed = sum(not math.isfinite(value) for value in values.values())
-        values = {seed: value if math.isfinite(value) else worst for seed, value in values.items()}
-        judging = np.array([[values[seed]] for seed in judges])
-        low = high = math.nan
-        if len(judges) > 1 and finite:
-            low, high = stratified_bootstrap_interval(judging)
-        picking = float(np.mean([values[seed] for seed in pickers]))
-        rows.append(Judged(name, picking, iqm(judging) if finite else math.nan, low, high, failed))
-    return sorted(rows, key=lambda row: -row.picking)
+        picking = float(np.mean([of_seed.get(seed, math.nan) for seed in pickers]))
+        judging = np.array([[of_seed.get(seed, math.nan)] for seed in judges])
+        failed = sum(not math.isfinite(of_seed.get(seed, math.nan)) for seed in seeds)
+        low = high = middle = math.nan
+        if np.isfinite(judging).all():
+            middle = iqm(judging)
+            if len(judges) >= 3:
+                low, high = stratified_bootstrap_interval(judging)
+        rows.append(Judged(name, picking, middle, low, high, failed))
+    return sorted(rows, key=lambda row: (not math.isfinite(row.picking), -row.picking))
 
 
 def table(rows: Sequence[Judged], seeds: Sequence[int]) -> str:
     """Markdown, the picked combination first."""
-    half = -(-len(seeds) // 2)
-    pickers, judges = (seeds[:half], seeds[half:]) if len(seeds) > 1 else (seeds, seeds)
+    pickers, judges = halves(seeds)
     about = f"Picked by the mean of seeds {_listed(pickers)}, judged on {_listed(judges)}"
     about += " (one seed: the judge is the picker)." if len(seeds) == 1 else "."
+    about += " Exploratory: fewer than ten judging seeds." if len(judges) < 10 else ""
     lines = [about, "", "| settings | mean, picking seeds | IQM, judging seeds | 95 % interval | failed |"]
     lines.append("|---|---|---|---|---|")
     for row in rows:

@@ -127,15 +127,20 @@ def make_epoch(
 
 
 def stop_nonfinite(before: TrainState, after: TrainState, metrics: EpochMetrics) -> tuple[TrainState, EpochMetrics]:
-    """One iteration of a run among many: one that is not finite is taken back, and from then on nothing changes.
+    """One iteration of a run among many: one that is not finite is taken back, and from then on nothing is learnt.
 
-    Its metrics stand, so that the host sees it; those of later iterations are zero.
+    Its metrics stand, so that the host sees it (all NaN where the learner alone is not finite); those of later
+    iterations are zero.
     """
     assert before.stopped is not None
     running = before.stopped < 0
     finite = [jnp.isfinite(value).all() for value in metrics.train.values()]
     finite += [index < 0 for index in metrics.stats.nonfinite.values()]
-    goes_on = running & jnp.stack([jnp.ones((), bool), *finite]).all()
+    seen = jnp.stack([jnp.ones((), bool), *finite]).all()
+    leaves = [leaf for leaf in jax.tree.leaves(after.learner) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    goes_on = running & seen & jnp.stack([jnp.ones((), bool), *(jnp.isfinite(leaf).all() for leaf in leaves)]).all()
+    unseen = running & seen & ~goes_on
+    metrics = metrics._replace(train={k: jnp.where(unseen, jnp.nan, v) for k, v in metrics.train.items()})
     kept = jax.tree.map(
         lambda new, old: jnp.where(goes_on, new, old), (after.learner, after.source), (before.learner, before.source)
     )
@@ -344,6 +349,9 @@ def train_many(
     }
     directories = []
     if run_dir is not None and resume:
+        for name in names:  # a kill may have come before all were made
+            if not (Path(run_dir) / name / "config.json").exists():
+                RunDirectory.create(Path(run_dir) / name, descriptions[name])
         directories = [RunDirectory.open(Path(run_dir) / name) for name in names]
         for directory in directories:
             check_same_settings(directory.config, descriptions[directory.path.name])
@@ -353,6 +361,9 @@ def train_many(
 
     def make(varied: Mapping[str, jax.Array]) -> Algorithm:
         return algorithm.make(dataclasses.replace(config, **varied), env.spec, plan)
+
+    def after_epoch(rows: dict[str, dict[str, float]]) -> bool:
+        return not rows or bool(on_epoch and on_epoch(rows))  # no rows: every run has failed
 
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
@@ -368,9 +379,10 @@ def train_many(
         if state is None:
             state = programs.init(key, varied, init_policy)
         with progress.phase("training"):
-            state = run_epochs(programs, varied, schedule, train_config, state, recorder, stop, on_epoch)
-            with progress.phase("writing the runs' own checkpoints"):
-                recorder.save_each(state)
+            state = run_epochs(programs, varied, schedule, train_config, state, recorder, stop, after_epoch)
+        with progress.phase("writing the runs' own checkpoints"):
+            recorder.save_each(state)
+        recorder.check_any()
     interrupted = int(state.iteration) < plan.num_iterations
     for directory in directories:
         draw_curve(directory, progress)

@@ -244,31 +244,32 @@ def test_resume_says_what_changed_or_is_missing(pair, capsys):
     assert status == 2 and "my_algo.py' does not exist" in err
 
 
-@pytest.mark.parametrize("place", ["flag", "file"])
-@pytest.mark.parametrize("module", ["rules.py", "rules"])
+@pytest.mark.parametrize(("place", "kind"), [("flag", "module"), ("file", "file")])
 def test_a_function_of_an_override_is_found_again_from_another_folder_and_its_changes_are_said(
-    place, module, pair, capsys, tmp_path, monkeypatch
+    place, kind, pair, capsys, tmp_path, monkeypatch
 ):
     """The environment calls what `rule` refers to, as `envs.make` calls what `randomize` does."""
-    Path("rules.py").write_text("def length(): return 3\n")
+    name = f"rules_{kind}_{place}"  # a module is found once in a process
+    module = f"{name}.py" if kind == "file" else name
+    Path(f"{name}.py").write_text("def length(): return 3\n")
     with Path("my_env.py").open("a") as file:
         file.write("\nfrom envs.external import load_function\n")
-        file.write("def ruled(rule='rules.py:length'): return Counter(load_function(rule, 'rule')())\n")
+        file.write("def ruled(rule=None): return Counter(load_function(rule, 'rule')())\n")
     arguments = ["train", pair[0], "my_env.py:ruled", *TINY, "--run-dir", "a", "--quiet"]
     status, _, err = run(capsys, *arguments, "--env.rule", "rulez.py:length")
     assert status == 2 and "env.rule" in err and "rulez.py' does not exist" in err
     Path("s.toml").write_text(f"env.rule = '{module}:length'")
     given = {"flag": ["--env.rule", f"{module}:length"], "file": ["--config", "s.toml"]}[place]
     assert run(capsys, *arguments, *given)[0] == 0
-    reference = f"{tmp_path / 'rules.py' if module == 'rules.py' else module}:length"
+    reference = f"{tmp_path / module if kind == 'file' else module}:length"
     assert config_of("a")["env_overrides"] == {"rule": reference}
     assert config_of("a")["settings"]["env.rule"]["value"] == reference
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run(capsys, "evaluate", "../a")[0] == 0
-    (tmp_path / "rules.py").write_text("def length(): return 3  # still\n")
+    (tmp_path / f"{name}.py").write_text("def length(): return 3  # still\n")
     status, _, err = run(capsys, "resume", "../a", "--quiet")
-    assert status == 0 and "rules.py has changed since the run began" in err
+    assert status == 0 and f"{name}.py has changed since the run began" in err
 
 
 @pytest.mark.slow

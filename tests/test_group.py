@@ -56,6 +56,7 @@ def check_like_alone(runs, env):
             assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_seeds_together_equal_each_alone():
     check_like_alone(seeds(3), Counter(5))
 
@@ -67,6 +68,7 @@ def test_settings_together_equal_each_alone():
     check_like_alone(runs, Counter(5))
 
 
+@pytest.mark.slow
 def test_seeds_on_native_physics_equal_each_alone():
     env = envs.make("playground/PointMass", "mujoco", episode_length=9)
     config = dataclasses.replace(SMALL, num_evals=0)
@@ -95,7 +97,7 @@ def test_only_what_differs_is_an_argument_of_the_program():
     np.testing.assert_array_equal(varied["entropy_coef"], [0.0, 0.25])
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_stopped_and_resumed_they_equal_those_that_were_not(tmp_path, stop_after):
     runs = seeds(3)
     whole = many(runs, tmp_path / "whole")
@@ -122,6 +124,7 @@ def flip_a_byte(folder):
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used(tmp_path, capsys):
     runs = seeds(2)
     whole = many(runs, tmp_path)
@@ -134,6 +137,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used(tmp_path,
         assert without_time(whole[name].history) == without_time(resumed[name].history)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_they_begin_anew(tmp_path):
     runs = seeds(2)
     whole = many(runs, tmp_path)
@@ -166,35 +170,40 @@ class Breaking:
     breaks_at: float = 1e9  # iteration
 
 
-def breaking():
+def breaking(shown=True):
     def make(config, spec, plan):
         base = constant_algorithm(plan)
 
         def update(learner, trajectory, iteration, key):
             added = jnp.where(iteration >= config.breaks_at, jnp.nan, config.rate)
             learner = learner._replace(bias=learner.bias + added)
-            return learner, {"bias": learner.bias}
+            return learner, {"bias": learner.bias if shown else jnp.ones(())}
 
         return base._replace(update=update)
 
     return types.SimpleNamespace(Config=Breaking, make=make, __name__="breaking")
 
 
-def test_a_run_that_is_not_finite_stops_and_the_others_never_notice(tmp_path):
-    runs = {name: (SMALL, Breaking(breaks_at=at)) for name, at in (("a", 1e9), ("b", 3.0), ("c", 1e9))}
-    found = many(runs, tmp_path, module=breaking())
+@pytest.mark.parametrize(("per_epoch", "shown"), [(1, True), (2, False), (5, True)])
+def test_a_run_that_is_not_finite_stops_and_the_others_never_notice(tmp_path, per_epoch, shown):
+    """Whether a metric shows it or the learner alone, at an epoch's end or inside one."""
+    small = dataclasses.replace(SMALL, iterations_per_epoch=per_epoch)
+    runs = {name: (small, Breaking(breaks_at=at)) for name, at in (("a", 1e9), ("b", 3.0), ("c", 1e9))}
+    found = many(runs, tmp_path, module=breaking(shown))
     assert [run.error != "" for run in found.values()] == [False, True, False]
     assert "bias is nan" in found["b"].error and "weight" not in found["b"].error
-    alone = train(Counter(5), breaking(), SMALL, Breaking(), progress=quiet())
+    alone = train(Counter(5), breaking(), small, Breaking(), progress=quiet())
     for name in ("a", "c"):
         assert float(found[name].state.learner.bias) == float(alone.state.learner.bias) == 5.5
         assert read_metrics(tmp_path / name / "metrics.jsonl")[-1]["step"] == 160
-    assert [row["step"] for row in read_metrics(tmp_path / "b/metrics.jsonl")] == [0, 32, 64, 96]
-    assert json.loads((tmp_path / "b/failed.json").read_text())["step"] == 128
+    ends = [32 * min(end, 5) for end in range(per_epoch, 5 + per_epoch, per_epoch)]
+    rows = read_metrics(tmp_path / "b/metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, *(end for end in ends if end <= 96)]
+    assert json.loads((tmp_path / "b/failed.json").read_text())["step"] == next(end for end in ends if end > 96)
     assert float(found["b"].state.learner.bias) == 3.5 and int(found["b"].state.iteration) == 3
     assert Checkpointer(tmp_path / "b/checkpoints").steps() == [96]
-    resumed = many(runs, tmp_path, module=breaking(), resume=True)
-    assert resumed["b"].error == found["b"].error and len(resumed["b"].history) == 4
+    resumed = many(runs, tmp_path, module=breaking(shown), resume=True)
+    assert resumed["b"].error == found["b"].error and len(resumed["b"].history) == len(rows)
     assert_same_state(found["c"].state, resumed["c"].state)
 
 
@@ -202,6 +211,16 @@ def test_where_every_run_has_failed_that_is_the_error(tmp_path):
     runs = {name: (SMALL, Breaking(breaks_at=at)) for name, at in (("a", 1.0), ("b", 3.0))}
     with pytest.raises(NonFiniteError, match=r"(?s)a: .*nan.*b: .*nan"):
         many(runs, tmp_path, module=breaking())
+    assert Checkpointer(tmp_path / "a/checkpoints").steps() == [32]
+    assert Checkpointer(tmp_path / "b/checkpoints").steps() == [96]
+
+
+def test_a_kill_before_all_directories_were_made_is_made_good(tmp_path):
+    runs = seeds(2)
+    whole = many(runs, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "seed-1")
+    assert_same_state(whole["seed-1"].state, many(runs, tmp_path, resume=True)["seed-1"].state)
 
 
 def test_they_are_a_folder_of_run_directories_and_refuse_one_that_holds_others(tmp_path):
@@ -216,8 +235,8 @@ def test_they_are_a_folder_of_run_directories_and_refuse_one_that_holds_others(t
     with pytest.raises(UserError, match="holds no run"):
         many(runs, tmp_path)
     assert (tmp_path / "runs/seed-0/metrics.jsonl").read_bytes() == before
-    again = many(runs, tmp_path / "runs", overwrite=True)
-    assert len(again["seed-0"].history) == 6
+    again = many(seeds(1), tmp_path / "runs", overwrite=True)
+    assert len(again["seed-0"].history) == 6 and not (tmp_path / "runs/seed-1").exists()
 
 
 def test_one_run_of_many_goes_on_alone(tmp_path):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rlx import cli
+from rlx import cli, training
 from rlx.errors import UserError
 from rlx.sweep import (
     Random,
     Space,
     combinations,
     judge,
-    name_of,
+    names_of,
     programs,
     read_grid,
     read_random,
@@ -94,26 +96,41 @@ def test_combinations_that_differ_in_floats_alone_share_a_program():
 
 
 def test_names_are_those_of_folders():
-    assert name_of({"algo.learning_rate": 1e-3, "num_envs": 8}) == "learning_rate=0.001,num_envs=8"
-    assert "/" not in name_of({"env.randomize": "a/b.py:draw"})
+    assert names_of([{"algo.learning_rate": 1e-3, "num_envs": 8}]) == ["learning_rate=0.001,num_envs=8"]
+    assert "/" not in names_of([{"env.randomize": "a/b.py:draw"}])[0]
+    close = names_of([{"algo.gamma": 0.99001}, {"algo.gamma": 0.99002}, {"algo.gamma": 0.5}])
+    assert close == ["gamma=0.99,0", "gamma=0.99,1", "gamma=0.5"]
+    with pytest.raises(UserError, match="200 characters"):
+        names_of([{"env.randomize": "a" * 300}])
 
 
 def test_the_picked_is_judged_on_seeds_that_did_not_pick_it():
     scores = {"lucky": {0: 9.0, 1: 9.0, 2: 1.0, 3: 1.0}, "good": {0: 5.0, 1: 5.0, 2: 5.0, 3: 7.0}}
     rows = judge(scores, [0, 1, 2, 3])
     assert [(row.name, row.picking, row.judging) for row in rows] == [("lucky", 9.0, 1.0), ("good", 5.0, 6.0)]
-    assert rows[1].low <= 6.0 <= rows[1].high
+    assert math.isnan(rows[1].low)  # two seeds make no interval
+    (row,) = judge({"a": {seed: float(seed) for seed in range(8)}}, range(8))
+    assert 4.0 <= row.low < row.judging < row.high <= 7.0
     shown = table(rows, [0, 1, 2, 3])
     assert "seeds 0 to 1, judged on 2 to 3" in shown and shown.index("lucky") < shown.index("good")
     one = judge({"a": {0: 3.0}}, [0])
     assert one[0].picking == one[0].judging == 3.0 and "the judge is the picker" in table(one, [0])
 
 
-def test_a_seed_that_failed_counts_with_the_lowest_score():
-    scores = {"a": {0: 4.0, 1: math.nan}, "b": {0: 3.0, 1: 2.0}}
-    rows = judge(scores, [0, 1])
-    assert (rows[0].name, rows[0].judging, rows[0].failed) == ("a", 2.0, 1)
-    assert math.isnan(judge({"a": {0: math.nan}}, [0])[0].judging)
+def test_what_failed_is_never_picked():
+    nan = math.nan
+    rows = judge(
+        {"gone": {0: nan, 1: nan}, "half": {0: nan, 1: 9.0}, "a": {0: 4.0, 1: nan}, "b": {0: 3.0, 1: 2.0}}, [0, 1]
+    )
+    assert [(row.name, row.failed) for row in rows] == [("a", 1), ("b", 0), ("gone", 2), ("half", 1)]
+    assert math.isnan(rows[0].judging) and rows[1].judging == 2.0
+    rows = judge({"gone": {0: nan}, "a": {0: 5.0}}, [0])
+    assert rows[0].name == "a" and math.isnan(rows[1].picking)
+
+
+def test_whole_numbers_drawn_again_are_left_out():
+    found = combinations(Space({}, {"a": Random(1, 3)}, samples=50))
+    assert sorted(c["a"] for c in found) == [1, 2, 3]
 
 
 def test_a_file_may_hold_the_space(tmp_path):
@@ -157,6 +174,26 @@ def test_the_command_trains_what_is_missing_and_reports(tmp_path, capsys, monkey
     assert cli.main(["evaluate", run, "--episodes", "2"]) == 0
 
 
+@pytest.mark.slow
+def test_a_signal_between_programs_stops_the_sweep_and_it_goes_on_from_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real = training.train_many
+
+    def stopped_late(*arguments, **keywords):
+        done = real(*arguments, **keywords)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(training, "train_many", stopped_late)
+    command = ["sweep", "ppo", "gymnax/Pendulum-v1", "--run-dir", "s", *SIZES, "--grid", "algo.num_epochs=1,2"]
+    assert cli.main(command) == 130
+    assert "go on with: rlx resume" in capsys.readouterr().out
+    assert Path("s/program-0/runs.json").exists() and not Path("s/program-1").exists()
+    monkeypatch.setattr(training, "train_many", real)
+    assert cli.main(["resume", "s", "--quiet"]) == 0
+    assert "num_epochs=2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
@@ -164,9 +201,11 @@ def test_the_command_trains_what_is_missing_and_reports(tmp_path, capsys, monkey
         (["--grid", "algo.learning_rat=1,2"], "Did you mean algo.learning_rate"),
         (["--grid", "algo.num_epochs=0,1"], "algo.num_epochs = 0"),
         (["--grid", "seed=0,1"], "--num-seeds"),
-        (["--grid", "algo.gamma=0.9,0.9"], "only 1 differ"),
         (["--grid", "num_envs=8,9", "--algo.num-minibatches", "7"], "algo.num_minibatches = 7"),
         (["--random", "algo.gamma=0.9:0.99", "--num-evals", "0"], "num_evals = 0"),
+        (["--grid", "num_evals=1,0"], "num_evals = 0"),
+        (["--grid", "algo.gamma=0.9,0.99", "--wandb", "project"], "--wandb"),
+        (["--grid", "algo.gamma=0.9,0.99", "--overwrite"], "--overwrite"),
     ],
 )
 def test_what_cannot_be_swept_is_said_before_anything_compiles(space, message, tmp_path, capsys, monkeypatch):

@@ -103,6 +103,13 @@ def describe(pair: Pair) -> dict[str, Any]:
     return {"algorithm": pair.algorithm, "env": pair.env, **parts}
 
 
+def warn_of_changes(pair: Pair) -> None:
+    """Says which files are not as they were recorded. Raises UserError where one is missing."""
+    for part, was in pair.files.items():
+        warning = external.changed(pair.reference(part), part, was)
+        say(warning is None, str(warning))
+
+
 class LoadedRun(NamedTuple):
     """A run directory and what it was built from."""
 
@@ -125,9 +132,7 @@ def load_run(run_dir: str | Path, physics: str = "") -> LoadedRun:
         raise UserError(f"{str(run_dir)!r} was begun from Python: go on there, with rlx.train(..., resume=True).")
     pair = Pair(*(recorded[name] for name in ("algorithm", "env", "physics", "env_overrides", "files")))
     pair = pair._replace(physics=physics or pair.physics)
-    for part, was in pair.files.items():
-        warning = external.changed(pair.reference(part), part, was)
-        say(warning is None, str(warning))
+    warn_of_changes(pair)
     module = load_algorithm(pair)
     env = load_env(pair)
     return LoadedRun(directory, pair, env, module, *settings_of(directory, module))

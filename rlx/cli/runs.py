@@ -28,8 +28,9 @@ from rlx.errors import require
 from rlx.logging import Progress, RunDirectory, run_directories, versions
 
 TRAIN_HELP = """\
-usage: rlx train ALGORITHM ENV [--total-steps N] [--num-envs N] [--seed S] [--run-dir DIR] [--from RUN_DIR]
-                 [--physics P] [--config FILE] [--overwrite] [--quiet] [--algo.FIELD V ...] [--env.KEY V ...]
+usage: rlx train ALGORITHM ENV [--total-steps N] [--num-envs N] [--seed S] [--num-seeds K] [--run-dir DIR]
+                 [--from RUN_DIR] [--physics P] [--config FILE] [--overwrite] [--quiet]
+                 [--algo.FIELD V ...] [--env.KEY V ...]
 
 `rlx train ALGORITHM ENV --help` lists every setting with its default for that pair.
 """
@@ -54,6 +55,8 @@ def train(arguments: list[str]) -> int:
         train_config = settings.build(training.TrainConfig, settings.values(merged))
         config = settings.build(algorithm.Config, settings.values(merged, "algo."))
         require(options.num_seeds >= 1, "num_seeds", options.num_seeds, "at least 1")
+        many = options.num_seeds > 1
+        require(not (many and options.wandb), "--wandb", options.wandb, "it takes one run at a time")
         run_dir = Path(options.run_dir or default_run_dir(pair, train_config.seed)).absolute()
         say(quiet, f"{pair.algorithm} on {pair.env}, seed {train_config.seed}, in {run_dir}")
         say(quiet, settings.describe(merged))
@@ -68,7 +71,7 @@ def train(arguments: list[str]) -> int:
         record["settings"] = {key: {"value": s.value, "from": s.origin} for key, s in merged.items()}
         keywords: dict[str, Any] = {"run_dir": run_dir, "overwrite": options.overwrite, "init_policy": policy}
         keywords["progress"] = shown
-        if options.num_seeds == 1:
+        if not many:
             return finish(training.train(env, algorithm, train_config, config, record=record, **keywords), run_dir)
         runs = {
             f"seed-{seed}": (dataclasses.replace(train_config, seed=seed), config)

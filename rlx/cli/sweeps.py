@@ -22,6 +22,7 @@ from rlx.cli.pairs import (
     load_algorithm,
     load_env,
     say,
+    warn_of_changes,
     with_overrides,
 )
 from rlx.errors import NonFiniteError, require
@@ -53,12 +54,17 @@ def sweep(arguments: list[str]) -> int:
             from rlx.arguments import parse_train
             from rlx.training import TrainConfig
         options, merged = parse_train(pair.env, pair.algorithm, rest, TrainConfig, algorithm.Config)
-        require(merged["num_evals"].value >= 1, "num_evals", merged["num_evals"].value, "at least 1: they are compared")
         require(options.num_seeds >= 1, "num_seeds", options.num_seeds, "at least 1")
-        require(not options.from_run, "--from", options.from_run, "not of a sweep")
+        for flag, value in (("from", options.from_run), ("wandb", options.wandb), ("overwrite", options.overwrite)):
+            require(not value, f"--{flag}", value, "a sweep does not take it")
         grid, random = sweeping.read_space(words.space) if words.space else ({}, {})
         grid |= map(sweeping.read_grid, words.grid)
         random |= map(sweeping.read_random, words.random)
+        whole = {**settings.hints(TrainConfig), **hints_of(algorithm)}
+        random = {  # 0:1 of a field of floats means 0.0 to 1.0
+            key: kind._replace(low=float(kind.low), high=float(kind.high)) if whole.get(key) is float else kind
+            for key, kind in random.items()
+        }
         space = sweeping.Space(grid, random, words.samples, merged["seed"].value)
         found = sweeping.combinations(space)
         seeds = list(range(space.seed, space.seed + options.num_seeds))
@@ -66,13 +72,12 @@ def sweep(arguments: list[str]) -> int:
             "format": 1,
             "command": shlex.join(["rlx", "sweep", *arguments]),
             "seeds": seeds,
-            "wandb": options.wandb,
             **plan(pair._replace(physics=options.physics), algorithm, merged, found, seeds),
         }
         folder = Path(options.run_dir or default_run_dir(pair, space.seed)).absolute()
+        RunDirectory.check_free(folder)
         with shown.phase("building"):
             check(content, algorithm)
-        RunDirectory.check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / FILE, json.dumps(content, indent=1) + "\n")
         num_runs = sum(len(program["runs"]) for program in content["programs"])
@@ -89,7 +94,9 @@ def plan(
 
     for combination in found:
         require("seed" not in combination, "sweep", "seed", "seeds are swept by --num-seeds")
-    floats = {f"algo.{name}" for name, hint in settings.hints(algorithm.Config).items() if hint is float}
+    floats = {name for name, hint in hints_of(algorithm).items() if hint is float}
+    names = dict(zip(map(repr, found), sweeping.names_of(list(map(dict, found))), strict=True))
+    require(len(names) == len(found), "sweep", len(found), f"of these settings only {len(names)} differ")
     programs = []
     for index, combinations in enumerate(sweeping.programs(map(dict, found), floats)):
         runs: dict[str, Any] = {}
@@ -98,12 +105,15 @@ def plan(
             layered = settings.override(merged, TrainConfig, algorithm.Config, [("sweep", combination)])
             own = with_overrides(pair, settings.values(layered, "env."))
             train, algo = settings.values(layered), settings.values(layered, "algo.")
-            name = sweeping.name_of(combination)
+            name = names[repr(combination)]
+            require(train["num_evals"] >= 1, "num_evals", train["num_evals"], "at least 1: they are compared")
             runs |= {f"{name},seed={seed}": {"train": {**train, "seed": seed}, "algo": algo} for seed in seeds}
         programs.append({"name": f"program-{index}", "pair": describe(own), "runs": runs})
-    names = {sweeping.name_of(combination) for combination in found}
-    require(len(names) == len(found), "sweep", len(found), f"of these settings only {len(names)} differ")
-    return {"combinations": {sweeping.name_of(c): c for c in found}, "programs": programs}
+    return {"combinations": {names[repr(c)]: c for c in found}, "programs": programs}
+
+
+def hints_of(algorithm: Any) -> dict[str, Any]:
+    return {f"algo.{name}": hint for name, hint in settings.hints(algorithm.Config).items()}
 
 
 def of_program(program: Mapping[str, Any], algorithm: Any) -> tuple[Pair, dict[str, tuple[Any, Any]]]:
@@ -120,45 +130,59 @@ def of_program(program: Mapping[str, Any], algorithm: Any) -> tuple[Pair, dict[s
 
 
 def check(content: Mapping[str, Any], algorithm: Any) -> None:
-    """Raises UserError for settings that cannot work, of any program, before the first one compiles."""
+    """Raises UserError for settings that cannot work, of any program, before the first one compiles.
+
+    Writes into `content` which engine "auto" is here: all programs have the same, wherever they go on.
+    """
     from rlx.training import build_algorithm, make_schedule
 
     for program in content["programs"]:
         pair, runs = of_program(program, algorithm)
         env = load_env(pair)
+        program["pair"]["physics"] = env.spec.physics or pair.physics
         for train_config, config in runs.values():
             build_algorithm(algorithm, config, env, make_schedule(env, train_config).plan)
 
 
 def go_on(folder: Path, shown: Progress) -> int:
     """Runs what is missing of a sweep, then prints and writes its table. 130 if it was stopped."""
-    from rlx.training import train_many
+    from rlx.recording import StopSignal
 
     content = json.loads((folder / FILE).read_text())
     algorithm = load_algorithm(of_recorded(content))
+    shown.close()  # each program has a bar of its own
     failed = False
-    for program in content["programs"]:
-        pair, runs = of_program(program, algorithm)
-        env = load_env(pair)
-        own = describe(pair._replace(physics=env.spec.physics or pair.physics))
-        records = {name: {**own, "wandb": content["wandb"], "command": content["command"]} for name in runs}
-        place = folder / program["name"]
-        begun = (place / RUNS).exists()
-        say(shown.quiet, f"{program['name']}: {len(runs)} runs")
-        try:
-            done = train_many(
-                env, algorithm, runs, run_dir=place, records=records, resume=begun, progress=Progress(quiet=shown.quiet)
-            )
-        except NonFiniteError as error:  # of all runs of this program; the others may fare better
-            say(False, f"{program['name']}: {error}")
-            failed = True
-            continue
-        failed |= any(run.error for run in done.values())
-        if any(run.interrupted for run in done.values()):
+    with StopSignal(shown.quiet) as stop:
+        for program in content["programs"]:
+            if not stop.requested:
+                say(shown.quiet, f"{program['name']}: {len(program['runs'])} runs")
+                try:
+                    done = run_program(folder, content, program, algorithm, Progress(quiet=shown.quiet))
+                    failed |= any(run.error for run in done.values())
+                    stop.requested |= any(run.interrupted for run in done.values())
+                except NonFiniteError as error:  # of all runs of this program; the others may fare better
+                    say(False, f"{program['name']}: {error}")
+                    failed = True
+        if stop.requested:
             print(f"stopped; go on with: rlx resume {folder}")
             return 130
     report(folder, content)
     return int(failed)
+
+
+def run_program(
+    folder: Path, content: Mapping[str, Any], program: Mapping[str, Any], algorithm: Any, progress: Progress
+) -> dict[str, Any]:
+    """Begins or goes on with one program. Warns where files of the pair have changed."""
+    from rlx.training import train_many
+
+    pair, runs = of_program(program, algorithm)
+    warn_of_changes(pair)
+    env = load_env(pair)
+    records = {name: {**describe(pair), "command": content["command"]} for name in runs}
+    place = folder / program["name"]
+    begun = (place / RUNS).exists()
+    return train_many(env, algorithm, runs, run_dir=place, records=records, resume=begun, progress=progress)
 
 
 def of_recorded(content: Mapping[str, Any]) -> Pair:
