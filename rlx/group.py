@@ -33,7 +33,7 @@ from rlx.logging import (
     run_directories,
     write_atomically,
 )
-from rlx.recording import Recorder, open_checkpoints
+from rlx.recording import Recorder, open_checkpoints, restore_newest
 from rlx.rollout import where_done
 from rlx.types import PyTree
 
@@ -144,14 +144,10 @@ class GroupRecorder:
         self._checkpointer = Checkpointer(first.path.parent / "checkpoints", keep, metadata)
         stack.callback(self._checkpointer.close)
         state, step = None, None
-        if resume and self._checkpointer.empty():
-            self._progress.message("no checkpoint yet: starting from the beginning")
-            step = -1
-        elif resume:
-            (state, self._best), step = self._checkpointer.restore(
-                (abstract_state, jax.eval_shape(lambda: self._best)), expect=("algorithm", "env", "runs")
-            )
-            self._progress.message(f"resuming {len(self.members)} runs at step {step}")
+        if resume:
+            abstract = (abstract_state, jax.eval_shape(lambda: self._best))
+            found, step = restore_newest(self._checkpointer, abstract, self._progress, ("algorithm", "env", "runs"))
+            state, self._best = found or (None, self._best)
         for index, (name, directory) in enumerate(self._directories.items()):
             file = directory.path / FAILED
             if state is not None and file.exists() and state.stopped[index] >= 0:
@@ -188,10 +184,8 @@ class GroupRecorder:
         metrics = jax.device_get(metrics)
         for index, (name, member) in enumerate(self.members.items()):
             if name not in self.failed:
-                own = take(metrics, index)
-                finite = all(np.isfinite(value) for value in own.train.values())
                 try:
-                    member.epoch(iteration, own, ended, () if finite else take(learner, index))
+                    member.epoch(iteration, take(metrics, index), ended, ())  # no learner: it was taken back
                 except NonFiniteError as error:
                     self._fail(name, iteration, error)
 

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -94,12 +94,8 @@ class Recorder:
         self._checkpointer = open_checkpoints(directory, keep)
         stack.callback(self._checkpointer.close)
         state, step = None, None
-        if resume and self._checkpointer.empty():
-            self._progress.message("no checkpoint yet: starting from the beginning")
-            step = -1
-        elif resume:
-            state, step = self._checkpointer.restore(abstract_state)
-            self._progress.message(f"resuming at step {step}")
+        if resume:
+            state, step = restore_newest(self._checkpointer, abstract_state, self._progress)
         self.attach(stack, directory, step)
         return state
 
@@ -233,6 +229,18 @@ def open_checkpoints(directory: RunDirectory, keep: int) -> Checkpointer:
     """A run's checkpoints; each records whose it is."""
     metadata = {name: directory.config[name] for name in ("algorithm", "env")}
     return Checkpointer(directory.checkpoints_path, keep, metadata)
+
+
+def restore_newest(
+    checkpointer: Checkpointer, abstract: Any, progress: Progress, expect: Iterable[str] = ("algorithm", "env")
+) -> tuple[Any, int]:
+    """What the newest whole checkpoint holds, and its step; None and -1 where there is none yet."""
+    if checkpointer.empty():
+        progress.message("no checkpoint yet: starting from the beginning")
+        return None, -1
+    found, step = checkpointer.restore(abstract, expect=expect)
+    progress.message(f"resuming at step {step}")
+    return found, step
 
 
 def draw_curve(directory: RunDirectory, progress: Progress) -> None:

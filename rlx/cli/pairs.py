@@ -110,6 +110,11 @@ def warn_of_changes(pair: Pair) -> None:
         say(warning is None, str(warning))
 
 
+def recorded_pair(recorded: Mapping[str, Any]) -> Pair:
+    """Undoes `describe`."""
+    return Pair(*(recorded[name] for name in ("algorithm", "env", "physics", "env_overrides", "files")))
+
+
 class LoadedRun(NamedTuple):
     """A run directory and what it was built from."""
 
@@ -130,7 +135,7 @@ def load_run(run_dir: str | Path, physics: str = "") -> LoadedRun:
     recorded = directory.config
     if "env_overrides" not in recorded:
         raise UserError(f"{str(run_dir)!r} was begun from Python: go on there, with rlx.train(..., resume=True).")
-    pair = Pair(*(recorded[name] for name in ("algorithm", "env", "physics", "env_overrides", "files")))
+    pair = recorded_pair(recorded)
     pair = pair._replace(physics=physics or pair.physics)
     warn_of_changes(pair)
     module = load_algorithm(pair)

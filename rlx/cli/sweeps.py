@@ -21,6 +21,7 @@ from rlx.cli.pairs import (
     find_pair,
     load_algorithm,
     load_env,
+    recorded_pair,
     say,
     warn_of_changes,
     with_overrides,
@@ -120,13 +121,11 @@ def of_program(program: Mapping[str, Any], algorithm: Any) -> tuple[Pair, dict[s
     """The pair and the settings of the runs of a program in sweep.json."""
     from rlx.training import TrainConfig
 
-    recorded = program["pair"]
-    pair = Pair(*(recorded[name] for name in ("algorithm", "env", "physics", "env_overrides", "files")))
     runs = {
         name: (settings.build(TrainConfig, run["train"]), settings.build(algorithm.Config, run["algo"]))
         for name, run in program["runs"].items()
     }
-    return pair, runs
+    return recorded_pair(program["pair"]), runs
 
 
 def check(content: Mapping[str, Any], algorithm: Any) -> None:
@@ -149,7 +148,7 @@ def go_on(folder: Path, shown: Progress) -> int:
     from rlx.recording import StopSignal
 
     content = json.loads((folder / FILE).read_text())
-    algorithm = load_algorithm(of_recorded(content))
+    algorithm = load_algorithm(recorded_pair(content["programs"][0]["pair"]))
     shown.close()  # each program has a bar of its own
     failed = False
     with StopSignal(shown.quiet) as stop:
@@ -183,11 +182,6 @@ def run_program(
     place = folder / program["name"]
     begun = (place / RUNS).exists()
     return train_many(env, algorithm, runs, run_dir=place, records=records, resume=begun, progress=progress)
-
-
-def of_recorded(content: Mapping[str, Any]) -> Pair:
-    recorded = content["programs"][0]["pair"]
-    return Pair(recorded["algorithm"], recorded["env"])
 
 
 def report(folder: Path, content: Mapping[str, Any]) -> None:
