@@ -15,6 +15,7 @@ from pathlib import Path
 from rlx import __version__
 from rlx.cli.inspection import benchmark, doctor, evaluate, list_names, plot
 from rlx.cli.runs import resume, train
+from rlx.cli.studies import reproduce
 from rlx.cli.sweeps import sweep
 from rlx.errors import UserError, unknown
 
@@ -23,6 +24,7 @@ usage: rlx COMMAND ...
 
   train ALGORITHM ENV [...]    train; `rlx train ALGORITHM ENV --help` lists every setting
   sweep ALGORITHM ENV [...]    settings times seeds as few compiled programs; --grid KEY=V,V --random KEY=LOW:HIGH
+  reproduce STUDY [...]        run what is missing of a study in experiments/, and write its report
   resume RUN_DIR               go on with a run, runs of many seeds or a sweep that was stopped
   evaluate RUN_DIR [...]       play whole episodes with a run's policy
   plot RUN_DIR... --out FILE   draw learning curves
@@ -81,7 +83,7 @@ def report(error: Exception) -> int:
 def dispatch(arguments: list[str]) -> int:
     """Runs the command that `arguments` begin with."""
     commands = {"train": train, "sweep": sweep, "resume": resume, "evaluate": evaluate, "plot": plot}
-    commands |= {"list": list_names, "doctor": doctor, "benchmark": benchmark}
+    commands |= {"list": list_names, "doctor": doctor, "benchmark": benchmark, "reproduce": reproduce}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0

@@ -1,0 +1,213 @@
+"""`rlx reproduce STUDY`: runs what is missing of a study, resumes what was cut, and writes its report.
+
+Every program (an algorithm on an environment, all seeds) has a folder of its own; `finished.json` there says that
+nothing of it is left to do. The report is written anew after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rlx import settings
+from rlx.cli.pairs import (
+    Pair,
+    describe,
+    find_pair,
+    load_algorithm,
+    load_env,
+    recorded_pair,
+    say,
+    warn_of_changes,
+    with_overrides,
+)
+from rlx.errors import NonFiniteError, require
+from rlx.logging import RUNS, Progress, RunDirectory, run_directories, write_atomically
+from rlx.machine import commit
+from rlx.study import FINISHED, Program, load, programs, run_name, select
+
+if TYPE_CHECKING:
+    from rlx.findings import Findings
+    from rlx.recording import StopSignal
+
+
+class Planned(NamedTuple):
+    """A program and what `train_many` takes of it."""
+
+    program: Program
+    place: Path  # its folder
+    pair: Pair
+    runs: Mapping[str, tuple[Any, Any]]  # name -> TrainConfig, Config
+    merged: Mapping[str, settings.Setting]
+
+    @property
+    def finished(self) -> bool:
+        return (self.place / FINISHED).is_file()
+
+    @property
+    def begun(self) -> bool:
+        return (self.place / RUNS).is_file()
+
+
+def reproduce(arguments: list[str]) -> int:
+    """`rlx reproduce STUDY [...]`."""
+    text = "Run what is missing of a study and write its report. Stopped, the same command goes on."
+    parser = argparse.ArgumentParser("rlx reproduce", description=text, allow_abbrev=False)
+    parser.add_argument("study", metavar="STUDY", help="a folder of experiments/, or the path of a study.py")
+    parser.add_argument("--size", default="", help="how much of it (the first size that the study has)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/STUDY/SIZE)")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="where it goes (report/SIZE beside study.py)")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ENV", help="run these environments alone")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
+    words = parser.parse_args(arguments)
+    study, folder = load(words.study)
+    size = words.size or next(iter(study.sizes))
+    every = programs(study, size, folder)
+    chosen = select(every, words.only)
+    pairs = {program.title: find_pair(program.algorithm, program.env_reference) for program in every}
+    out = (words.out or Path("runs") / study.name / size).absolute()
+    target = (words.report or folder / "report" / size).absolute()
+    name = study.name if Path(words.study).is_absolute() else words.study
+    command = shlex.join(["rlx", "reproduce", name, "--size", size])
+
+    def report() -> Findings:
+        from rlx import findings, report, results
+
+        found = findings.findings(study, size, command, [results.read(program, out) for program in every])
+        report.write(found, target)
+        return found
+
+    status = 0
+    if words.report_only:
+        require(any((out / program.folder).is_dir() for program in every), "--out", str(out), "it holds no run of this")
+    else:
+        planned = plan([(program, pairs[program.title]) for program in chosen], out, words.quiet)
+        say(words.quiet, f"{len(planned)} programs, {sum(one.finished for one in planned)} of them finished, in {out}")
+        record = {"command": command, "study": {"name": study.name, "size": size}, "commit": commit()}
+        status = run_all(planned, record, words.quiet, report)
+    report()
+    print(f"report: {target / 'report.md'}")
+    return status
+
+
+def plan(chosen: Sequence[tuple[Program, Pair]], out: Path, quiet: bool) -> list[Planned]:
+    """Merges the settings of every program and builds what is not finished, so that nothing fails after hours.
+
+    Raises UserError for settings that cannot work, and for those of programs that were begun with others.
+    """
+    with Progress(quiet=quiet) as shown:
+        with shown.phase("importing"):
+            planned = [merge(program, pair, out) for program, pair in chosen]
+            for one in planned:
+                check_unchanged(one)
+            from rlx.training import build_algorithm, make_schedule
+        with shown.phase("building"):
+            for one in planned:
+                if not one.finished:
+                    env, (train_config, config) = load_env(one.pair), next(iter(one.runs.values()))
+                    algorithm = load_algorithm(one.pair)
+                    build_algorithm(algorithm, config, env, make_schedule(env, train_config).plan)
+    return planned
+
+
+def merge(program: Program, pair: Pair, out: Path) -> Planned:
+    """The settings of a program's runs. Raises UserError for those that do not exist or are of a wrong type."""
+    algorithm = load_algorithm(pair)
+    from rlx.training import TrainConfig
+
+    layers = [("preset", settings.preset(pair.env, pair.algorithm)), *program.layers]
+    merged = settings.merge(TrainConfig, algorithm.Config, layers)
+    pair = with_overrides(pair, settings.values(merged, "env."))
+    train_config = settings.build(TrainConfig, settings.values(merged))
+    require(train_config.num_evals >= 1, "num_evals", train_config.num_evals, "at least 1: evaluations are reported")
+    config = settings.build(algorithm.Config, settings.values(merged, "algo."))
+    runs = {run_name(seed): (dataclasses.replace(train_config, seed=seed), config) for seed in program.seeds}
+    return Planned(program, out / program.folder, pair, runs, merged)
+
+
+def check_unchanged(one: Planned) -> None:
+    """Raises UserError where a program was begun with other seeds or settings than the study has now."""
+    if not one.begun:
+        return
+    advice = f"name another --out, or remove {str(one.place)!r} to run it anew"
+    names = [path.name for path in run_directories(one.place)]
+    require(names == list(one.runs), f"runs of {one.program.title}", list(one.runs), f"begun with {names}; {advice}")
+    for name, (train_config, config) in one.runs.items():
+        if not (one.place / name / "config.json").is_file():  # killed before it was made
+            continue
+        recorded = RunDirectory.open(one.place / name).config
+        now = dataclasses.asdict(train_config) | settings.flatten(dataclasses.asdict(config), "algo.")
+        now |= {"algorithm": one.pair.algorithm, "env": one.pair.env, "env.*": dict(one.pair.overrides)}
+        was = recorded["train"] | settings.flatten(recorded["algo"], "algo.")
+        was |= {"algorithm": recorded["algorithm"], "env": recorded["env"], "env.*": recorded["env_overrides"]}
+        for key, new in json.loads(json.dumps(now)).items():
+            old = was.get(key, new)  # a field that is new since was at its default
+            require(old == new, f"{one.program.title}: {key}", new, f"it was begun with {old!r}; {advice}")
+
+
+def run_all(planned: Sequence[Planned], record: Mapping[str, Any], quiet: bool, report: Callable[[], Findings]) -> int:
+    """Runs what is not finished, program after program. The exit status: 130 if stopped, 1 if a run failed."""
+    from rlx.recording import StopSignal
+
+    with StopSignal(quiet) as stop:
+        for index, one in enumerate(planned, start=1):
+            if one.finished or stop.requested:
+                continue
+            say(quiet, f"{one.program.title}: program {index} of {len(planned)}, {len(one.runs)} runs")
+            run_program(one, record, quiet, stop)
+            found = report()
+            if one.finished:
+                row = [result.program for result in found.results].index(one.program)
+                judged = found.verdicts[row]
+                print(
+                    f"{one.program.title}: mean {found.scores[row].mean:.4g}; {judged.word}, {judged.reason}",
+                    flush=True,
+                )
+        if stop.requested:
+            print(f"stopped; go on with: {record['command']}")
+            return 130
+    return int(any(json.loads((one.place / FINISHED).read_text())["failed"] for one in planned))
+
+
+def run_program(one: Planned, record: Mapping[str, Any], quiet: bool, stop: StopSignal) -> None:
+    """Begins or goes on with one program; finished.json names the runs that met a NaN or an infinity."""
+    from rlx.training import train_many
+
+    pair = one.pair
+    begun = [path for path in run_directories(one.place) if (path / "config.json").is_file()] if one.begun else []
+    if begun:
+        before = recorded_pair(RunDirectory.open(begun[0]).config)
+        warn_of_changes(before)
+        pair = pair._replace(physics=before.physics)  # "auto" may be another engine here
+    env = load_env(pair)
+    pair = pair._replace(physics=env.spec.physics or pair.physics)
+    entries = {key: {"value": s.value, "from": s.origin} for key, s in one.merged.items()}
+    records = {
+        name: {**describe(pair), **record, "settings": {**entries, "seed": {"value": own.seed, "from": "study"}}}
+        for name, (own, _) in one.runs.items()
+    }
+    failed = {}
+    try:
+        done = train_many(
+            env,
+            load_algorithm(pair),
+            one.runs,
+            run_dir=one.place,
+            records=records,
+            resume=one.begun,
+            on_epoch=lambda rows: stop.requested,  # a signal that came while this was compiled
+            progress=Progress(quiet=quiet),
+        )
+        failed = {name: run.error for name, run in done.items() if run.error}
+        stop.requested |= (interrupted := any(run.interrupted for run in done.values()))
+        if interrupted:
+            return
+    except NonFiniteError as error:  # all runs of this program; other programs may fare better
+        failed = dict.fromkeys(one.runs, str(error))
+    write_atomically(one.place / FINISHED, json.dumps({"failed": failed}) + "\n")

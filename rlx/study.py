@@ -1,0 +1,223 @@
+"""A study as data: algorithms times environments times seeds, budgets, settings, and the figures to stand beside.
+
+`experiments/<name>/study.py` holds one as `STUDY`; `rlx reproduce NAME` runs what is missing of it and writes its
+report. One algorithm on one environment is one program: all seeds train in it. Free of jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from rlx import external
+from rlx.errors import UserError, require, unknown
+
+FINISHED = "finished.json"  # in a program's folder, once nothing of it is left to run
+TRUST = ("high", "medium", "low")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Somebody else's figure for one algorithm on one environment, to be judged against (`rlx.results.verdict`)."""
+
+    value: float  # mean return of their runs
+    sd: float | None  # over their runs; None: not published
+    runs: str  # how many, as far as is known
+    steps: int | None  # environment steps each of them took; None: not published
+    source: str  # where it is from
+    trust: str  # high, medium or low
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """An algorithm with settings of its own."""
+
+    algorithm: str  # as on the command line; a file that is not absolute lies beside study.py
+    settings: Mapping[str, Any] = NOTHING  # flat, as on the command line: {"algo.gamma": 0.9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """An environment. Scores of several are averaged after (return - low) / (high - low)."""
+
+    low: float  # the return that counts as 0, of runs that failed too
+    high: float  # the return that counts as 1
+    settings: Mapping[str, Any] = NOTHING  # for every algorithm on it
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of a study is run."""
+
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any] = NOTHING
+    environments: Mapping[str, Mapping[str, Any]] = NOTHING  # which of them, with settings; empty: all
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Settings apply over the preset of each pair: the study's, the task's, the variant's, the size's, the size's for
+    an environment, the last above the others. Raises UserError for what contradicts itself."""
+
+    name: str  # of its folder in runs/
+    title: str
+    about: str  # what it asks, in a few sentences
+    algorithms: Mapping[str, Variant]  # by a name of one's choice
+    environments: Mapping[str, Task]  # by the name that `rlx train` takes
+    sizes: Mapping[str, Size]  # the first is run where none is named
+    references: Mapping[tuple[str, str], Reference] = NOTHING  # (algorithm's name here, environment)
+    settings: Mapping[str, Any] = NOTHING
+    tuning_seeds: tuple[int, ...] = ()  # on which settings were picked: none of them may be reported
+    tolerance: float = 0.05  # share of a reference's value that stands for its sd where that is not known
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+class Program(NamedTuple):
+    """One algorithm on one environment, all its seeds."""
+
+    variant: str
+    env: str  # as the study names it
+    algorithm: str  # references that mean the same in any working directory
+    env_reference: str
+    layers: tuple[tuple[str, Mapping[str, Any]], ...]  # (where from, flat settings) above the preset
+    seeds: tuple[int, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.variant} on {self.env}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs lie in the folder of the study's size."""
+        return Path(self.variant) / folder_name(self.env)
+
+
+def run_name(seed: int) -> str:
+    return f"seed-{seed}"
+
+
+def folder_name(env: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", env).strip("-.")
+
+
+def check(study: Study) -> None:
+    """Raises UserError where a study contradicts itself. Names of algorithms and environments are not looked up."""
+    _check_parts(study)
+    for name, size in study.sizes.items():
+        seeds = size.seeds
+        distinct = bool(seeds) and len(set(seeds)) == len(seeds) and all(type(s) is int and s >= 0 for s in seeds)
+        require(distinct, f"sizes[{name!r}].seeds", seeds, "at least one whole number, each once")
+        reported = sorted(set(seeds) & set(study.tuning_seeds))
+        require(not reported, f"sizes[{name!r}].seeds", reported, "settings were tuned on these: report others")
+        for env in size.environments:
+            if env not in study.environments:
+                raise unknown(f"sizes[{name!r}]: environment of the study", env, study.environments)
+    for (algorithm, env), reference in study.references.items():
+        if algorithm not in study.algorithms:
+            raise unknown("references: algorithm of the study", algorithm, study.algorithms)
+        if env not in study.environments:
+            raise unknown("references: environment of the study", env, study.environments)
+        where = f"references[{(algorithm, env)!r}]"
+        require(math.isfinite(reference.value), f"{where}.value", reference.value, "a number")
+        sd_is_one = reference.sd is None or (math.isfinite(reference.sd) and reference.sd >= 0)
+        require(sd_is_one, f"{where}.sd", reference.sd, "at least 0, or None where it is not known")
+        require(
+            reference.steps is None or reference.steps > 0, f"{where}.steps", reference.steps, "at least 1, or None"
+        )
+        require(reference.trust in TRUST, f"{where}.trust", reference.trust, ", ".join(TRUST))
+        require(bool(reference.source), f"{where}.source", reference.source, "where the figure is from")
+
+
+def _check_parts(study: Study) -> None:
+    require(_is_folder(study.name), "name", study.name, "letters, digits, _ . and -")
+    for field in ("algorithms", "environments", "sizes"):
+        require(bool(getattr(study, field)), field, getattr(study, field), "at least one")
+    for name in (*study.algorithms, *study.sizes):
+        require(_is_folder(name), "algorithms and sizes", name, "letters, digits, _ . and -")
+    folders = [folder_name(env) for env in study.environments]
+    require(len(set(folders)) == len(folders), "environments", list(study.environments), "names that differ as folders")
+    for env, task in study.environments.items():
+        require(task.low < task.high, f"environments[{env!r}]", (task.low, task.high), "low below high")
+    require(study.tolerance > 0, "tolerance", study.tolerance, "above 0")
+    parts: list[Variant | Task | Size | Study] = [study, *study.algorithms.values(), *study.environments.values()]
+    layers = [part.settings for part in (*parts, *study.sizes.values())]
+    layers += [own for size in study.sizes.values() for own in size.environments.values()]
+    for layer in layers:
+        require("seed" not in layer, "settings", "seed", "seeds are those of the sizes")
+
+
+def _is_folder(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+", name)) and name.strip(".-") == name
+
+
+def programs(study: Study, size: str, folder: str | Path) -> list[Program]:
+    """What a size consists of, environment by environment. `folder`: of study.py, beside which own files lie.
+
+    Raises UserError for a size that there is not.
+    """
+    if size not in study.sizes:
+        raise unknown("size of the study", size, study.sizes)
+    chosen = study.sizes[size]
+    found = []
+    for env in chosen.environments or study.environments:
+        for name, variant in study.algorithms.items():
+            layers = (
+                ("study", study.settings),
+                ("study, this environment", study.environments[env].settings),
+                ("study, this algorithm", variant.settings),
+                (f"study, size {size}", chosen.settings),
+                (f"study, size {size}, this environment", chosen.environments.get(env, NOTHING)),
+            )
+            references = [beside(reference, folder) for reference in (variant.algorithm, env)]
+            found.append(Program(name, env, *references, layers, chosen.seeds))
+    return found
+
+
+def beside(reference: str, folder: str | Path) -> str:
+    """`reference`; where it is a file without an absolute path, the one in `folder`."""
+    target, colon, function = reference.partition(":")
+    return str(Path(folder).absolute() / target) + colon + function if target.endswith(".py") else reference
+
+
+def select(programs: Iterable[Program], envs: Iterable[str]) -> list[Program]:
+    """Those on these environments, named in full or by what follows the last slash. Raises UserError for others."""
+    programs, wanted = list(programs), set()
+    names = {program.env for program in programs}
+    for given in envs:
+        matches = {name for name in names if given in (name, name.rpartition("/")[2])}
+        if not matches:
+            raise unknown("environment of the study", given, names)
+        wanted |= matches
+    return [program for program in programs if program.env in wanted] if wanted else programs
+
+
+def load(reference: str) -> tuple[Study, Path]:
+    """The study that `reference` names and the folder of its file: a name in experiments/, a folder, or a file.
+
+    Raises UserError where there is none, with close names, or where the file cannot be read.
+    """
+    found = {path.parent.name: path for path in sorted(Path("experiments").glob("*/study.py"))}
+    path = Path(reference)
+    file = path if path.is_file() else path / "study.py" if (path / "study.py").is_file() else found.get(reference)
+    if file is None:
+        if found and "/" not in reference:
+            raise unknown("study", reference, found)
+        raise UserError(f"there is no study {reference!r}: neither a study.py or its folder, nor in experiments/ here.")
+    try:
+        module = external.load_file(file.absolute())
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{str(file)!r} cannot be read: {error!r}.") from error
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, Study):
+        raise UserError(f"{str(file)!r} defines no STUDY = rlx.study.Study(...).")
+    return study, file.absolute().parent
