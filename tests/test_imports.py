@@ -16,9 +16,10 @@ from rlx.algorithms import ALGORITHMS
 ROOT = Path(__file__).resolve().parent.parent
 BASE = {"rlx.errors", "rlx.types", "rlx.machine"}
 CONTRACT = BASE | {"rlx.environment", "rlx.algorithm"}
-SHARED = {"returns", "replay", "normalize", "distributions", "networks", "statistics", "minibatches"}
+SHARED = {"returns", "replay", "normalize", "distributions", "networks", "statistics", "minibatches", "comparison"}
 DRIVER = {"training", "rollout", "evaluation", "checkpoint", "checkpoint_store", "compilation", "data", "logging"}
 DRIVER |= {"plotting", "recording", "sharding", "benchmark", "measuring", "group", "sweep"}
+DRIVER |= {"study", "results", "findings", "documents", "pictures", "report"}
 
 
 def modules(folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlx.statistics import iqm, stratified_bootstrap_interval, summary
+from rlx.statistics import iqm, iqm_band, performance_profile, stratified_bootstrap_interval, summary
 from rlx.types import UserError
 
 
@@ -113,3 +113,35 @@ def test_intervals_need_two_runs_and_sensible_settings():
         stratified_bootstrap_interval([[1.0], [2.0]], confidence=95)
     with pytest.raises(UserError, match="num_resamples.*0"):
         stratified_bootstrap_interval([[1.0], [2.0]], num_resamples=0)
+
+
+def test_a_performance_profile_by_hand():
+    scores = [[0.1, 0.6], [0.3, 0.8]]
+    found = performance_profile(scores, [0.0, 0.3, 0.5, 0.8])
+    assert found.value.tolist() == [1.0, 0.5, 0.5, 0.0]  # strictly above: 0.3 is not above 0.3
+    assert (found.low <= found.value).all() and (found.value <= found.high).all()
+    # Above 0.3 there is every run of the second task and none of the first, whatever is resampled within tasks
+    assert found.low[1] == found.high[1] == 0.5
+
+
+def test_the_band_of_a_profile_is_the_interval_of_each_fraction():
+    scores = np.random.default_rng(6).normal(size=(12, 4))
+    found = performance_profile(scores, [-0.5, 0.4], num_resamples=4000)
+    for index, threshold in enumerate((-0.5, 0.4)):
+        interval = stratified_bootstrap_interval(scores, lambda x, t=threshold: float((x > t).mean()))
+        assert (found.low[index], found.high[index]) == pytest.approx(interval, abs=0.03)
+
+
+def test_the_band_of_a_curve_is_the_iqm_and_its_interval_at_every_point():
+    curves = np.random.default_rng(7).normal(size=(9, 3)) + [0.0, 5.0, 10.0]
+    found = iqm_band(curves, num_resamples=4000)
+    for point in range(3):
+        assert found.value[point] == pytest.approx(iqm(curves[:, point : point + 1]))
+        interval = stratified_bootstrap_interval(curves[:, point : point + 1])
+        assert (found.low[point], found.high[point]) == pytest.approx(interval, abs=0.08)
+
+
+@pytest.mark.parametrize("thresholds", [0.5, [], [[0.1], [0.2]]])
+def test_thresholds_of_another_shape_are_refused(thresholds):
+    with pytest.raises(UserError, match="thresholds"):
+        performance_profile([[1.0], [2.0]], thresholds)
