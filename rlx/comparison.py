@@ -41,8 +41,7 @@ def probability_of_improvement(
     """The probability of improvement of `x` over `y`, with its stratified percentile bootstrap interval.
 
     Whole runs are resampled, separately within each task and each algorithm. The interval describes; it does not
-    decide: of an algorithm against itself it excludes 1/2 in more than a twentieth of cases when runs are few
-    (`compare` has the figures).
+    decide: of an algorithm against itself it excludes 1/2 too often where runs are few (`compare` has the figures).
 
     Raises UserError for scores that are not finite or not of the same tasks, or fewer than two runs.
     """
@@ -68,10 +67,11 @@ def compare(x: Any, y: Any, confidence: float = 0.95, num_permutations: int = 40
     the two algorithms within each task (Neubert and Brunner 2007), and the interval is probability -+ c se with c the
     `confidence` quantile of |T| there. It excludes 1/2 exactly where the permutation test rejects.
 
-    Why not the percentile bootstrap: against itself, at ten runs, an algorithm is "improved" by that in %BOOTSTRAP% of
-    cases (one task; 2000 simulated pairs). The permutation test holds 1 - confidence at any number of runs and
-    tasks, and with ties, whenever the two distributions are equal; here %PERMUTATION%. Studentised, it also holds about
-    where only their spreads differ, as a plain rank sum does not.
+    Why not the percentile bootstrap: of an algorithm against itself (4000 simulated pairs, one task, normal scores and
+    scores in two humps with ties) its interval excludes 1/2 in 5.6 and 5.7 % of cases at ten runs each, in 21 and 16 %
+    at three. This one: 4.9 and 4.7 % at ten, never at three. The permutation test holds 1 - confidence at any number
+    of runs and tasks, and with ties, whenever the two distributions are equal. Studentised, it nearly does where only
+    their spreads differ (spreads 1 and 4, 20 and 10 runs: 6 %; a rank sum: 11 %).
 
     The variance within a task is at least that of a share 1 / (2 k) of k runs, k the smaller number of runs: without,
     ten runs that all beat ten others would know the probability to be 1 without error.
@@ -90,8 +90,8 @@ def compare(x: Any, y: Any, confidence: float = 0.95, num_permutations: int = 40
     probability, error = _studentised(above, labels, num_x, num_y)
     statistic = np.round(np.abs(probability - 0.5) / error, 9)  # equal ones stay equal
     critical = np.sort(statistic)[math.ceil(confidence * statistic.size) - 1]
-    low = max(0.0, float(probability[0] - critical * error[0]))
-    high = min(1.0, float(probability[0] + critical * error[0]))
+    low = max(0.0, round(float(probability[0] - critical * error[0]), 8))  # an end at 1/2 is at 1/2
+    high = min(1.0, round(float(probability[0] + critical * error[0]), 8))
     excludes = statistic[0] > critical
     claim = ("better" if probability[0] > 0.5 else "worse") if excludes else "no difference shown"
     claim = claim if min(num_x, num_y) >= MIN_RUNS else "exploratory"

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlx.comparison import MIN_RUNS, Comparison, compare
+from rlx.comparison import MIN_RUNS, Comparison, Improvement, compare, probability_of_improvement
 from rlx.results import Result, Scores, Verdict, complete, score_matrix, statistics, verdict
+from rlx.statistics import summary
 from rlx.study import Study
 
 
@@ -28,16 +29,19 @@ class Findings(NamedTuple):
     verdicts: Sequence[Verdict]
     environments: Sequence[str]  # on which every algorithm has finished
     together: Mapping[str, Scores]  # algorithm -> normalised, over those environments
-    comparisons: Mapping[tuple[str, str], Comparison]
+    comparisons: Mapping[tuple[str, str], tuple[Comparison, Improvement]]  # what is claimed; beside it the bootstrap's
 
     @property
     def exploratory(self) -> bool:
         return len(self.study.sizes[self.size].seeds) < MIN_RUNS
 
+    @property
+    def any_scores(self) -> bool:
+        return any(result.state == "finished" and result.scores.size for result in self.results)
+
 
 def findings(study: Study, size: str, command: str, results: Sequence[Result]) -> Findings:
-    from rlx.statistics import summary  # imports scipy.stats, which is slow
-
+    """Statistics, verdicts and comparisons of the results of a size."""
     scores = [statistics(result) for result in results]
     verdicts = [verdict(result, found, study) for result, found in zip(results, scores, strict=True)]
     environments = complete(results, study)
@@ -45,8 +49,10 @@ def findings(study: Study, size: str, command: str, results: Sequence[Result]) -
     if environments and len(study.sizes[size].seeds) > 1:
         matrices = {name: score_matrix(results, study, name, environments) for name in study.algorithms}
     together = {name: Scores(*summary(matrix)) for name, matrix in matrices.items()}
-    pairs = itertools.combinations(matrices, 2)
-    comparisons = {(first, second): compare(matrices[first], matrices[second]) for first, second in pairs}
+    comparisons = {}
+    for pair in itertools.combinations(matrices, 2):
+        first, second = (matrices[name] for name in pair)
+        comparisons[pair] = compare(first, second), probability_of_improvement(first, second)
     return Findings(study, size, command, results, scores, verdicts, environments, together, comparisons)
 
 
@@ -62,7 +68,7 @@ def machine_of(recorded: Mapping[str, Any]) -> str:
 def changed_settings(result: Result) -> dict[str, Any]:
     """What a program was run with that is not a default. Places of files are left out of their names."""
     settings = {k: s for k, s in result.recorded.get("settings", {}).items() if s["from"] != "default" and k != "seed"}
-    return {k: Path(v).name if isinstance(v := s["value"], str) and "/" in v else v for k, s in settings.items()}
+    return {k: Path(v).name if isinstance(v := s["value"], str) and v[:1] == "/" else v for k, s in settings.items()}
 
 
 def numbers(found: Findings) -> dict[str, Any]:
@@ -83,7 +89,8 @@ def numbers(found: Findings) -> dict[str, Any]:
         ]
         programs.append(entry)
     comparisons = [
-        {"first": first, "second": second, **how._asdict()} for (first, second), how in found.comparisons.items()
+        {"first": first, "second": second, **how._asdict(), "bootstrap_interval": [by.low, by.high]}
+        for (first, second), (how, by) in found.comparisons.items()
     ]
     content = {"format": 1, "study": found.study.name, "size": found.size, "command": found.command}
     content |= {"seeds": found.study.sizes[found.size].seeds, "tuning_seeds": found.study.tuning_seeds}

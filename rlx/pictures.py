@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlx.results import Result, Scores, reference_interval, score_matrix
+from rlx.statistics import iqm_band, performance_profile
 from rlx.study import Study
 
 if TYPE_CHECKING:
@@ -66,18 +67,16 @@ def draw_curves(results: Sequence[Result], study: Study) -> Figure:
 
 def _draw_curve(panel: Any, result: Result, study: Study) -> dict[str, Any]:
     """Returns what the legend shows: name -> line."""
-    from rlx.statistics import iqm_band  # imports scipy.stats, which is slow
-
     name, env = result.program.variant, result.program.env
     color, shown = color_of(study, name), {}
     runs = [run for run in result.runs if not run.error and run.steps]
     if runs:
         steps = np.array(runs[0].steps) / MILLION
         values = np.array([run.returns for run in runs if run.steps == runs[0].steps])
+        middle = values[0]
         if len(values) > 1:
-            band = iqm_band(values)
-            panel.fill_between(steps, band.low, band.high, color=color, alpha=0.2, linewidth=0)
-        middle = iqm_band(values).value if len(values) > 1 else values[0]
+            middle, low, high = iqm_band(values)
+            panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         (shown[f"{name}: IQM, 95 % interval"],) = panel.plot(steps, middle, color=color, linewidth=1.3)
     reference = study.references.get((name, env))
     if reference:
@@ -125,8 +124,6 @@ def draw_scores(results: Sequence[Result], statistics: Sequence[Scores], study: 
 
 def draw_profile(results: Sequence[Result], study: Study, environments: Sequence[str]) -> Figure:
     """The share of runs, over seeds and environments, that score above each threshold."""
-    from rlx.statistics import performance_profile
-
     figure = new_figure(5.6, 3.4)
     panel = figure.subplots()
     matrices = {name: score_matrix(results, study, name, environments) for name in study.algorithms}

@@ -57,7 +57,7 @@ def write(found: Findings, folder: Path) -> None:
 def drawings(found: Findings) -> dict[str, Figure]:
     """The pictures that there are, by the names of their files."""
     figures = {}
-    if any(result.state == "finished" for result in found.results):
+    if found.any_scores:
         figures["curves.png"] = draw_curves(found.results, found.study)
         figures["scores.png"] = draw_scores(found.results, found.scores, found.study)
     if found.together:
@@ -76,7 +76,7 @@ def document(found: Findings) -> list[Block]:
     for result in found.results:
         for run in result.failed:
             blocks.append(Paragraph(f"{result.program.title}, seed {run.seed}, stopped: {run.error}"))
-    if any(result.state == "finished" for result in found.results):
+    if found.any_scores:
         blocks += [
             Picture("curves.png", "Learning curves of each environment beside the reference"),
             Picture("scores.png", "Final scores of each environment beside the reference"),
@@ -93,9 +93,10 @@ def _facts(found: Findings) -> Table:
     seeds = ", ".join(map(str, size.seeds))
     if study.tuning_seeds:
         seeds += f" (settings were tuned on {', '.join(map(str, study.tuning_seeds))})"
+    envs = len({result.program.env for result in found.results})
+    about = f"{', '.join(study.algorithms)} on {envs} of {len(study.environments)} environments"
     rows = [
-        ["size", f"{found.size}: {len(study.algorithms)} algorithm(s) on {len(found.results) // len(study.algorithms)}"
-         f" of {len(study.environments)} environments"],
+        ["size", f"{found.size}: {about}"],
         ["seeds", seeds],
         ["programs finished", f"{len(done)} of {len(found.results)}"],
         ["not finished", ", ".join(open_ones) or "none"],
@@ -103,7 +104,7 @@ def _facts(found: Findings) -> Table:
         ["versions", _distinct(_versions(result.recorded) for result in begun)],
         ["commit", _distinct(str(result.recorded.get("commit") or "not known") for result in begun)],
         ["minutes of training", f"{sum(result.minutes for result in begun):.0f}"],
-    ]  # fmt: skip
+    ]
     return Table(["", ""], rows)
 
 
@@ -166,7 +167,7 @@ def _together(found: Findings) -> list[Block]:
     ]
     if found.comparisons:
         blocks.append(Heading(2, "Algorithms beside each other"))
-        blocks += [Paragraph(sentence(how, *pair)) for pair, how in found.comparisons.items()]
+        blocks += [Paragraph(sentence(how, *pair)) for pair, (how, _) in found.comparisons.items()]
         blocks.append(Paragraph("Each pair is tested at 5 % by itself; several pairs are not corrected for."))
     return blocks
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlx.logging import FAILED, RUNS, RunDirectory, read_metrics
+from rlx.statistics import iqm_band
 from rlx.study import FINISHED, Program, Reference, Study, run_name
 
 CLOSE = 0.01  # budgets that differ by this share are the same
@@ -107,15 +108,14 @@ def minutes_of(rows: Iterable[Mapping[str, float]]) -> float:
 
 def statistics(result: Result) -> Scores:
     """Mean, sd and IQM of a program's scores, with the interval of the last."""
-    from rlx.statistics import iqm, summary  # imports scipy.stats, which is slow
-
     scores = result.scores[:, None]
     if not scores.size:
         return Scores(*[math.nan] * 5)
     if len(scores) == 1:
-        return Scores(float(scores.mean()), math.nan, iqm(scores), math.nan, math.nan)
-    found = summary(scores)
-    return Scores(found.mean, found.std, found.iqm, found.low, found.high)
+        return Scores(float(scores.mean()), math.nan, float(scores.mean()), math.nan, math.nan)
+    middle = iqm_band(scores)
+    ends = (float(value[0]) for value in middle)
+    return Scores(float(scores.mean()), float(scores.std(ddof=1)), *ends)
 
 
 def reference_interval(reference: Reference, tolerance: float) -> tuple[float, float]:

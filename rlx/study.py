@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rlx import external
@@ -19,7 +18,11 @@ from rlx.errors import UserError, require, unknown
 
 FINISHED = "finished.json"  # in a program's folder, once nothing of it is left to run
 TRUST = ("high", "medium", "low")
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def nothing() -> Any:
+    """A field that is an empty mapping where it is not given."""
+    return dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Variant:
     """An algorithm with settings of its own."""
 
     algorithm: str  # as on the command line; a file that is not absolute lies beside study.py
-    settings: Mapping[str, Any] = NOTHING  # flat, as on the command line: {"algo.gamma": 0.9}
+    settings: Mapping[str, Any] = nothing()  # flat, as on the command line: {"algo.gamma": 0.9}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Task:
 
     low: float  # the return that counts as 0, of runs that failed too
     high: float  # the return that counts as 1
-    settings: Mapping[str, Any] = NOTHING  # for every algorithm on it
+    settings: Mapping[str, Any] = nothing()  # for every algorithm on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Size:
     """How much of a study is run."""
 
     seeds: tuple[int, ...]
-    settings: Mapping[str, Any] = NOTHING
-    environments: Mapping[str, Mapping[str, Any]] = NOTHING  # which of them, with settings; empty: all
+    settings: Mapping[str, Any] = nothing()
+    environments: Mapping[str, Mapping[str, Any]] = nothing()  # which of them, with settings; empty: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Study:
     algorithms: Mapping[str, Variant]  # by a name of one's choice
     environments: Mapping[str, Task]  # by the name that `rlx train` takes
     sizes: Mapping[str, Size]  # the first is run where none is named
-    references: Mapping[tuple[str, str], Reference] = NOTHING  # (algorithm's name here, environment)
-    settings: Mapping[str, Any] = NOTHING
+    references: Mapping[tuple[str, str], Reference] = nothing()  # (algorithm's name here, environment)
+    settings: Mapping[str, Any] = nothing()
     tuning_seeds: tuple[int, ...] = ()  # on which settings were picked: none of them may be reported
     tolerance: float = 0.05  # share of a reference's value that stands for its sd where that is not known
 
@@ -174,7 +177,7 @@ def programs(study: Study, size: str, folder: str | Path) -> list[Program]:
                 ("study, this environment", study.environments[env].settings),
                 ("study, this algorithm", variant.settings),
                 (f"study, size {size}", chosen.settings),
-                (f"study, size {size}, this environment", chosen.environments.get(env, NOTHING)),
+                (f"study, size {size}, this environment", chosen.environments.get(env, {})),
             )
             references = [beside(reference, folder) for reference in (variant.algorithm, env)]
             found.append(Program(name, env, *references, layers, chosen.seeds))

@@ -76,7 +76,7 @@ def reproduce(arguments: list[str]) -> int:
     name = study.name if Path(words.study).is_absolute() else words.study
     command = shlex.join(["rlx", "reproduce", name, "--size", size])
 
-    def report() -> Findings:
+    def write_report() -> Findings:
         from rlx import findings, report, results
 
         found = findings.findings(study, size, command, [results.read(program, out) for program in every])
@@ -90,8 +90,8 @@ def reproduce(arguments: list[str]) -> int:
         planned = plan([(program, pairs[program.title]) for program in chosen], out, words.quiet)
         say(words.quiet, f"{len(planned)} programs, {sum(one.finished for one in planned)} of them finished, in {out}")
         record = {"command": command, "study": {"name": study.name, "size": size}, "commit": commit()}
-        status = run_all(planned, record, words.quiet, report)
-    report()
+        status = run_all(planned, record, words.quiet, write_report)
+    write_report()
     print(f"report: {target / 'report.md'}")
     return status
 
