@@ -23,18 +23,24 @@ MILLION = 1e6
 
 
 def png(figure: Figure, dpi: int) -> bytes:
+    """16 levels a colour: half the bytes of 256, and lines and bands look the same."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.image import imsave
+
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(np.uint16)
+    coarse = ((pixels + 8) // 17 * 17).astype(np.uint8)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    imsave(buffer, coarse, format="png", metadata={"Software": "rlx"}, pil_kwargs={"optimize": True})
     return buffer.getvalue()
 
 
 def new_figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def color_of(study: Study, variant: str) -> str:

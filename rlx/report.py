@@ -179,8 +179,10 @@ def _settings(found: Findings) -> list[Block]:
     first, *others = each.values()
     shared = {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
     rows = [[title, _listed({k: v for k, v in own.items() if k not in shared})] for title, own in each.items()]
-    about = f"Not at their defaults in every program: {_listed(shared)}. In some:"
-    return [Heading(2, "Settings"), Paragraph(about), Table(["program", "settings"], [r for r in rows if r[1]])]
+    rows = [row for row in rows if row[1]]
+    blocks: list[Block] = [Heading(2, "Settings")]
+    blocks.append(Paragraph(f"Not at their defaults, in every program: {_listed(shared) or 'none'}."))
+    return [*blocks, Table(["program", "its own settings"], rows)] if rows else blocks
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

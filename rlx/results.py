@@ -80,7 +80,8 @@ def read(program: Program, out: Path) -> Result:
     if not (place / RUNS).is_file():
         return Result(program, "missing")
     finished = (place / FINISHED).is_file()
-    runs, recorded, clocks, rates = [], {}, [], []
+    runs, clocks, rates = [], [], []
+    recorded: dict[str, Any] = {}
     for seed in program.seeds:
         folder = place / run_name(seed)
         if not (folder / "config.json").is_file():

@@ -179,8 +179,8 @@ def programs(study: Study, size: str, folder: str | Path) -> list[Program]:
                 (f"study, size {size}", chosen.settings),
                 (f"study, size {size}, this environment", chosen.environments.get(env, {})),
             )
-            references = [beside(reference, folder) for reference in (variant.algorithm, env)]
-            found.append(Program(name, env, *references, layers, chosen.seeds))
+            own, of_env = (beside(reference, folder) for reference in (variant.algorithm, env))
+            found.append(Program(name, env, own, of_env, layers, chosen.seeds))
     return found
 
 
