@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -234,6 +235,31 @@ def test_a_signal_while_a_program_is_compiled_stops_it_at_its_first_epoch(steady
     _, seen = stop_after(monkeypatch, 0)
     assert reproduce() == 130
     assert 1 <= len(seen) <= 2 and "stopped" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_command_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    """kill -9 in the middle of a program, and once more: what is left equals a study that nobody touched."""
+    command = [sys.executable, "-m", "rlx.cli", "reproduce", "tiny", "--quiet"]
+    folders = [tmp_path / "whole", tmp_path / "cut"]
+    for folder in folders:
+        folder.mkdir()
+        begin(folder, {"steady": {}}, steps=16 * 600)
+    subprocess.run(command, cwd=folders[0], check=True)
+    file = folders[1] / "runs/tiny/small/steady/probe-lqr/seed-0/metrics.jsonl"
+    for rows in (200, 400):
+        process = subprocess.Popen(command, cwd=folders[1])
+        while not file.exists() or file.read_bytes().count(b"\n") < rows:
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    subprocess.run(command, cwd=folders[1], check=True)
+    ours = [metrics(folder / "runs") for folder in folders]
+    assert list(ours[0]) == list(ours[1]) and len(ours[0]) == 2
+    for name in ours[0]:
+        rows = [without_time(read_metrics(folder / "runs" / name)) for folder in folders]
+        assert rows[0] == rows[1]
 
 
 def test_names_that_do_not_exist_are_refused_without_jax(steady):
