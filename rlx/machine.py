@@ -14,12 +14,17 @@ def usable_cores() -> int:
 
 
 def commit() -> str:
-    """The commit of this source tree, with "+" where its files differ; empty where there is none to ask."""
+    """The commit of this source tree, with "+" where the library differs from it; empty where there is none to ask."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        found = _git(root, "rev-parse", "--short=12", "HEAD")
+        return found + "+" * bool(_git(root, "status", "--porcelain", "--", "rlx", "envs"))
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

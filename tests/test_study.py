@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from envs.names import DM_CONTROL
-from rlx import cli, training
+from rlx import cli, machine, training
 from rlx.cli.pairs import find_pair
 from rlx.cli.studies import merge
 from rlx.errors import UserError
@@ -121,7 +121,7 @@ def test_a_study_runs_and_reports_failures_while_the_others_go_on(done):
     steady, broken, hopeless = report["programs"]
     assert [program["state"] for program in report["programs"]] == ["finished"] * 3
     assert steady["verdict"] in ("within", "better", "worse") and steady["steps"] == 16 * EPOCHS
-    assert [len(run["returns"]) for run in steady["runs"]] == [3, 3] and steady["commit"]
+    assert [len(run["returns"]) for run in steady["runs"]] == [3, 3] and steady["commit"] == machine.commit()
     high = drawn.index(max(drawn))
     errors = [bool(run["error"]) for run in broken["runs"]]
     assert errors[high] and not errors[1 - high]
@@ -309,6 +309,15 @@ def test_a_study_without_evaluations_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert reproduce() == 2
     assert "num_evals = 0" in capsys.readouterr().err
+
+
+def test_the_commit_is_that_of_the_library(monkeypatch, tmp_path):
+    found = machine.commit().removesuffix("+")
+    if (ROOT / ".git").exists():
+        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+        assert head.startswith(found) and found
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "rlx/machine.py"))
+    assert machine.commit() == ""
 
 
 def test_a_report_of_no_runs_is_refused(steady, capsys):

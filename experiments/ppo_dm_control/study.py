@@ -43,20 +43,20 @@ BRAX_PPO = {
     "WalkerWalk": (969, None),
 }
 
-# Millions of steps a seed, by what two cores do with native physics in about two hours: 40,000 to 50,000 training steps
-# a second where physics is cheap, 20,000 to 25,000 on Finger and Hopper, 9,000 on Walker.
+# Millions of steps a seed, for about two hours in all on two cores with native physics. Estimated: 40,000 to 50,000
+# training steps a second where physics is cheap, 20,000 on BallInCup, Finger and Hopper, 8,000 on Walker.
 SMALL = {
     "AcrobotSwingupSparse": 3,
-    "BallInCup": 4,
+    "BallInCup": 3,
     "CartpoleBalance": 4,
     "CartpoleBalanceSparse": 5,
     "CartpoleSwingup": 6,
-    "CartpoleSwingupSparse": 4,
+    "CartpoleSwingupSparse": 3,
     "CheetahRun": 5,
     "FingerSpin": 10,
     "HopperHop": 4,
-    "HopperStand": 4,
-    "PendulumSwingup": 5,
+    "HopperStand": 3,
+    "PendulumSwingup": 4,
     "PointMass": 3,
     "ReacherEasy": 5,
     "ReacherHard": 5,
