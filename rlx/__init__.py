@@ -14,8 +14,10 @@ from rlx.errors import UserError
 if TYPE_CHECKING:
     from rlx.algorithm import Algorithm, Plan, Source
     from rlx.environment import Environment
+    from rlx.epoch import TrainState
     from rlx.evaluation import make_evaluate
-    from rlx.training import Run, TrainConfig, TrainState, train, train_many
+    from rlx.schedule import TrainConfig
+    from rlx.training import Run, train, train_many
     from rlx.types import Box, Discrete, Spec, TimeStep, Transition
 
 __version__ = "0.1.0"
@@ -30,8 +32,8 @@ _HOMES = {
     "Source": "rlx.algorithm",
     "Spec": "rlx.types",
     "TimeStep": "rlx.types",
-    "TrainConfig": "rlx.training",
-    "TrainState": "rlx.training",
+    "TrainConfig": "rlx.schedule",
+    "TrainState": "rlx.epoch",
     "Transition": "rlx.types",
     "make_evaluate": "rlx.evaluation",
     "train": "rlx.training",

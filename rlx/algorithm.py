@@ -24,6 +24,8 @@ class Plan(NamedTuple):
     unroll_length: int  # decisions an environment takes in one iteration: T
     num_iterations: int  # collect-and-update rounds in the whole run
     action_repeat: int = 1  # inner steps per decision
+    num_groups: int = 1  # groups of neighbouring environments; experience is shuffled and sampled within each
+    num_devices: int = 1  # over which environments are split, in whole groups; results do not depend on it
 
     @property
     def steps_per_iteration(self) -> int:

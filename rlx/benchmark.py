@@ -31,7 +31,7 @@ from rlx.machine import usable_cores
 if TYPE_CHECKING:
     from rlx.environment import Environment
     from rlx.measuring import Case, Target
-    from rlx.training import TrainConfig
+    from rlx.schedule import TrainConfig
 
 FLAGS = ("--physics", "--num-envs", "--repeats", "--iterations", "--out", "--help")
 RAW = "raw C rollout"
@@ -144,7 +144,7 @@ class Sweep(NamedTuple):
 def check(options: Options, sweep: Sweep) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     from rlx.measuring import make_algorithm
-    from rlx.training import make_schedule
+    from rlx.schedule import make_schedule
 
     for case in sweep.cases(options):
         env = sweep.envs[case.physics]

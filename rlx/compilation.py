@@ -1,4 +1,4 @@
-"""Compiling a run ahead of its first step, and what must hold before."""
+"""Compiling a run ahead of its first step, for the devices it is to use; what it takes there, and what must hold."""
 
 from __future__ import annotations
 
@@ -6,55 +6,98 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from rlx.algorithm import Key, Policy
+from rlx.algorithm import Algorithm, Key, Policy
 from rlx.environment import Environment, random_action
+from rlx.epoch import EpochMetrics, TrainState, check_fixed_point, init_state, make_epoch
 from rlx.errors import UserError
-from rlx.evaluation import EvalResult
+from rlx.evaluation import EvalResult, make_evaluate
 from rlx.logging import Progress
-from rlx.types import PyTree
+from rlx.rollout import make_source
+from rlx.schedule import Schedule, TrainConfig
+from rlx.sharding import AXIS, make_mesh, placement
 
 
 class Programs(NamedTuple):
-    """Compiled; `state` is a `rlx.training.TrainState`."""
+    """Compiled; `state` is a `rlx.epoch.TrainState`."""
 
-    init: Callable[..., Any]  # (key, varied, policy) -> state
-    epoch: Callable[..., tuple[Any, Any]]  # (state, varied) -> (state, EpochMetrics); donates the state
+    init: Callable[..., TrainState]  # (key, varied, policy) -> state
+    epoch: Callable[..., tuple[TrainState, EpochMetrics]]  # (state, varied); donates the state
     evaluate: Callable[..., tuple[EvalResult, Policy]]  # (state, varied); without evaluations, never called
-    abstract_state: Any  # shapes and dtypes of the state
+    abstract_state: TrainState  # shapes, dtypes and, on several devices, shardings of the state
 
 
-def compile_programs(
-    init: Callable[..., Any],
-    epoch: Callable[..., Any],
-    evaluate: Callable[..., Any] | None,
+def compile_run(
+    env: Environment,
+    make: Callable[[Mapping[str, jax.Array]], Algorithm],
+    schedule: Schedule,
+    config: TrainConfig,
     key: Key,
     varied: Mapping[str, jax.Array],
     policy: Policy | None,
     progress: Progress,
 ) -> Programs:
-    """Traces and compiles, telling `progress` which of the two goes on. `policy` is what `init` may start from."""
+    """Everything a run needs, compiled ahead of the first step; many runs, if there are many keys.
+
+    `make` gives the algorithm for its `varied` settings, () each. With `key` [K] those are [K], and all leaves of the
+    state and of what it gives are [K, ...], but for the iteration. `policy` is what `init` may start from.
+    """
+    check_environment(env)
+    many = key.ndim > 0
+    mesh, runs_mesh = make_mesh(schedule.plan.num_devices), make_mesh(schedule.num_run_devices)
+    source = make_source(env, schedule.plan, config.reset, config.reset_pool_size, config.stagger, mesh)
+
+    def init(key: Key, varied: Any, policy: Policy | None) -> TrainState:
+        state = init_state(make(varied), source, key, policy)
+        return state._replace(stopped=jnp.full((), -1, jnp.int32)) if many else state
+
+    def epoch(state: TrainState, varied: Any) -> tuple[TrainState, EpochMetrics]:
+        return make_epoch(make(varied), source, schedule.plan, schedule.iterations_per_epoch)(state)
+
+    def evaluate(state: TrainState, varied: Any) -> tuple[EvalResult, Policy]:
+        algorithm = make(varied)
+        policy = algorithm.policy(state.learner, "greedy")
+        play = make_evaluate(env, algorithm, config.eval_episodes, "greedy", config.eval_decisions, mesh)
+        _, _, _, eval_key = jax.random.split(state.key, 4)
+        return play(policy, eval_key), policy
+
+    functions: tuple[Any, Any, Any] = (init, epoch, evaluate)
+    if many:
+        of_state = of_runs(0, None)
+        functions = (
+            jax.vmap(init, (0, 0, None), of_state),
+            jax.vmap(epoch, (of_state, 0), (of_state, 0)),
+            jax.vmap(evaluate, (of_state, 0)),
+        )
+    if runs_mesh:  # every device trains some of the runs, and none hears of the others
+        one, of_state = P(AXIS), of_runs(P(AXIS), P())
+        specs = [((one, one, P()), of_state), ((of_state, one), (of_state, one)), ((of_state, one), one)]
+        functions = tuple(
+            jax.shard_map(function, mesh=runs_mesh, in_specs=given, out_specs=gives, check_vma=False)
+            for function, (given, gives) in zip(functions, specs, strict=True)
+        )
+    placements: tuple[Any, Any, Any] = (None, None, None)
+    if mesh:
+        whole = NamedSharding(mesh, P())
+        of_mesh = placement(jax.eval_shape(functions[0], key, varied, policy), mesh, (None,) * key.ndim)
+        placements = (of_mesh, (of_mesh, whole), whole)
     with progress.phase("tracing"):
-        traced = [jax.jit(init).trace(key, varied, policy)]
+        traced = [jax.jit(functions[0], out_shardings=placements[0]).trace(key, varied, policy)]
         state = traced[0].out_info
-        traced.append(jax.jit(epoch, donate_argnums=0).trace(state, varied))
-        if evaluate:
-            traced.append(jax.jit(evaluate).trace(state, varied))
+        traced.append(jax.jit(functions[1], out_shardings=placements[1], donate_argnums=0).trace(state, varied))
+        if config.num_evals:
+            traced.append(jax.jit(functions[2], out_shardings=placements[2]).trace(state, varied))
     with progress.phase("compiling"):
         compiled = [program.lower().compile() for program in traced]
     return Programs(compiled[0], compiled[1], compiled[-1], state)
 
 
-def check_fixed_point(what: str, before: PyTree, after: PyTree) -> None:
-    """Raises UserError, naming leaves, where `after` differs from `before` in structure, shape, dtype or weak type."""
-    leaves = [
-        {jax.tree_util.keystr(path): jax.typeof(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (before, after)
-    ]
-    names = [name for name in leaves[0] | leaves[1] if leaves[0].get(name) != leaves[1].get(name)]
-    changes = [f"{name}: {leaves[0].get(name, 'nothing')} became {leaves[1].get(name, 'nothing')}" for name in names]
-    if changes:
-        raise UserError(f"{what} must keep its structure, shapes, dtypes and weak types; {'; '.join(changes[:5])}.")
+def of_runs(each: Any, shared: Any) -> Any:
+    """A prefix of a TrainState of many runs: `shared` for the iteration, `each` for what every run has."""
+    return TrainState(each, each, each, shared, each)
 
 
 def check_environment(env: Environment) -> None:

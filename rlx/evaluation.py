@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rlx.algorithm import Algorithm, Key, Mode, Policy
 from rlx.environment import Environment
 from rlx.errors import require
 from rlx.rollout import inner_steps, team_reward, where_done
+from rlx.sharding import on_all, on_parts
 
 
 class EvalResult(NamedTuple):
@@ -22,11 +24,17 @@ class EvalResult(NamedTuple):
 
 
 def make_evaluate(
-    env: Environment, algorithm: Algorithm, num_episodes: int, mode: Mode = "greedy", max_decisions: int = 0
+    env: Environment,
+    algorithm: Algorithm,
+    num_episodes: int,
+    mode: Mode = "greedy",
+    max_decisions: int = 0,
+    mesh: Mesh | None = None,
 ) -> Callable[[Policy, Key], EvalResult]:
     """A pure function (policy, key) -> EvalResult. The same key gives the same episodes' starts and noise.
 
-    An episode without an ending is cut at `max_decisions`; 0 takes the environment's time limit.
+    An episode without an ending is cut at `max_decisions`; 0 takes the environment's time limit. With a `mesh` episodes
+    are split over its devices; where they do not divide, each device plays all of them.
 
     Raises:
         UserError: the environment has no time limit and `max_decisions` is 0.
@@ -38,12 +46,14 @@ def make_evaluate(
         max_decisions,
         "at least 1, for the environment has no time limit",
     )
+    over_devices = on_parts if mesh is None or num_episodes % mesh.size == 0 else on_all
+    reset_envs = over_devices(jax.vmap(lambda key: env.reset(key, env.spec.params)), mesh)
+    step_envs = over_devices(jax.vmap(env.step), mesh)
     decisions = max_decisions or -(-(limit or 0) // env.spec.action_repeat)
 
     def evaluate(policy: Policy, key: Key) -> EvalResult:
         reset_key, memory_key, run_key = jax.random.split(key, 3)
-        reset_keys = jax.random.split(reset_key, num_episodes)
-        env_state, obs = jax.vmap(env.reset, in_axes=(0, None))(reset_keys, env.spec.params)
+        env_state, obs = reset_envs(jax.random.split(reset_key, num_episodes))
         memory = jax.vmap(algorithm.memory)(jax.random.split(memory_key, num_episodes))
         zeros = jnp.zeros(num_episodes, jnp.float32)
         start = (jnp.zeros((), jnp.int32), env_state, obs, memory, jnp.zeros(num_episodes, bool), zeros, zeros)
@@ -55,7 +65,7 @@ def make_evaluate(
             t, env_state, obs, memory, ended, returns, lengths = carry
             act_key, step_key = jax.random.split(jax.random.fold_in(run_key, t))
             memory, action, _ = algorithm.act(policy, memory, obs, act_key, mode)
-            new_state, timestep = jax.vmap(env.step)(env_state, action, jax.random.split(step_key, num_episodes))
+            new_state, timestep = step_envs(env_state, action, jax.random.split(step_key, num_episodes))
             # An ended instance keeps its last state: what lies behind an ending may not even be finite.
             env_state, obs = where_done(ended, (env_state, obs), (new_state, timestep.final_obs))
             returns = jnp.where(ended, returns, returns + team_reward(timestep))

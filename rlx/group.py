@@ -107,7 +107,7 @@ class Best(NamedTuple):
 class GroupRecorder:
     """A `rlx.recording.Recorder` for many runs; each has one of its own in `members`.
 
-    A run that is not finite stays as it was before (`rlx.training.stop_nonfinite`) and is recorded no further; `failed`
+    A run that is not finite stays as it was before (`rlx.epoch.stop_nonfinite`) and is recorded no further; `failed`
     says why. While they train there is one checkpoint of all, for a hundred small ones would take longer than the
     training; at the end each run gets its own.
     """

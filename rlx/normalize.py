@@ -24,7 +24,6 @@ from flax import struct
 
 from rlx.types import PyTree
 
-AxisName = str | tuple[str, ...] | None
 MIN_STD = 1e-6  # constant entries normalise to about zero instead of dividing by it
 
 
@@ -74,54 +73,46 @@ def init(obs_spec: PyTree) -> RunningStatistics:
     return RunningStatistics(jnp.zeros(2, jnp.uint32), zeros(), zeros(), zeros())
 
 
-def _flatten(stats: RunningStatistics, batch: PyTree) -> tuple[PyTree, int]:
-    """Leaves as float32 [n, ...] with one leading axis, and n."""
+def _leading(stats: RunningStatistics, batch: PyTree) -> tuple[int, ...]:
+    """The axes in front of one observation, the same for all leaves of `batch`."""
     chex.assert_trees_all_equal_structs(batch, stats.origin)
     leading = set()
-
-    def flatten(x: jax.Array, like: jax.Array) -> jax.Array:
+    for x, like in zip(jax.tree.leaves(batch), jax.tree.leaves(stats.origin), strict=True):
         split = x.ndim - like.ndim
         chex.assert_shape(x, (*x.shape[:split], *like.shape))
         leading.add(x.shape[:split])
-        return x.astype(jnp.float32).reshape((-1, *like.shape))
-
-    flat = jax.tree.map(flatten, batch, stats.origin)
     if len(leading) != 1:
         raise AssertionError(f"Observation leaves must agree in their leading axes, got {sorted(leading)}.")
-    return flat, math.prod(leading.pop())
+    return leading.pop()
 
 
-def update(stats: RunningStatistics, batch: PyTree, axis_name: AxisName = None) -> RunningStatistics:
+def update(stats: RunningStatistics, batch: PyTree) -> RunningStatistics:
     """Statistics after `batch` too. Equal, to float32, to those of all observations in one batch.
 
     Args:
       batch: observations, leaves [..., *shape] with the same leading axes, one or more observations in all (an
         AssertionError otherwise). Integer and bool leaves count as float32.
-      axis_name: mapped axis or axes (`shard_map`, `vmap`) over whose members the batch is spread in equal parts; the
-        result is the same on all of them.
     """
-    batch, n = _flatten(stats, batch)
+    leading = _leading(stats, batch)
+    n = math.prod(leading)
     chex.assert_scalar_positive(n)
-    size = 1 if axis_name is None else jax.lax.psum(1, axis_name)
-
-    def pmean(x: jax.Array) -> jax.Array:
-        return x if axis_name is None else jax.lax.pmean(x, axis_name)
-
+    axes = tuple(range(len(leading)))  # reduced as they are: merged into one, an axis split over devices would be moved
     old = _as_float(stats.count)
-    weight = n * size / (old + n * size)  # of the batch among all
+    weight = n / (old + n)  # of the batch among all
 
     def merge(x: jax.Array, origin: jax.Array, shift: jax.Array, m2: jax.Array):
-        origin = jnp.where(old > 0, origin, pmean(x.mean(axis=0)))
-        x = x - origin[None]
-        mean = pmean(x.mean(axis=0))
-        batch_m2 = n * size * pmean(jnp.square(x - mean[None]).mean(axis=0))
+        x = x.astype(jnp.float32)
+        origin = jnp.where(old > 0, origin, x.mean(axes))
+        x = x - jnp.broadcast_to(origin, x.shape)
+        mean = x.mean(axes)
+        batch_m2 = n * jnp.square(x - jnp.broadcast_to(mean, x.shape)).mean(axes)
         delta = mean - shift
         return origin, shift + weight * delta, m2 + batch_m2 + old * weight * jnp.square(delta)
 
     merged = jax.tree.map(merge, batch, stats.origin, stats.shift, stats.m2)
     outer = jax.tree.structure(batch)
     origin, shift, m2 = jax.tree.transpose(outer, jax.tree.structure((0, 0, 0)), merged)
-    return RunningStatistics(_add(stats.count, n * size), origin, shift, m2)
+    return RunningStatistics(_add(stats.count, n), origin, shift, m2)
 
 
 def normalize(stats: RunningStatistics, obs: PyTree, clip: float | jax.Array = math.inf) -> PyTree:

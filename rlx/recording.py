@@ -124,7 +124,7 @@ class Recorder:
         return time.perf_counter() if all(leaf.is_ready() for leaf in jax.tree.leaves(metrics)) else None
 
     def epoch(self, iteration: int, metrics: Any, ended: float | None, learner: LearnerState) -> None:
-        """Waits for an epoch's metrics (`rlx.training.EpochMetrics`), checks that they are finite, fills the row.
+        """Waits for an epoch's metrics (`rlx.epoch.EpochMetrics`), checks that they are finite, fills the row.
 
         `ended`: when it ended, if that is known.
         """
@@ -178,7 +178,7 @@ class Recorder:
         return self.history[-1]
 
     def save(self, iteration: int, state: Any) -> None:
-        """Copies a `rlx.training.TrainState` and writes it in the background."""
+        """Copies a `rlx.epoch.TrainState` and writes it in the background."""
         if self._checkpointer:
             leaf = first_nonfinite(state.learner)
             if leaf:
@@ -221,6 +221,8 @@ def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -
         require(was == given[name], name, given[name], f"the run to resume is of {was!r}")
     for part in ("train", "algo", "plan"):
         for name, value in given[part].items():
+            if name in ("num_devices", "split"):
+                continue  # they decide roundings, and may have to be others
             old = recorded.get(part, {}).get(name, value)
             require(old == value, f"{part}.{name}", value, f"the run to resume was begun with {old!r}")
 

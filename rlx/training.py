@@ -1,4 +1,4 @@
-"""TrainState, make_epoch and train: the only training loop. It names no algorithm and no environment."""
+"""train and train_many: the only training loop. It names no algorithm and no environment."""
 
 from __future__ import annotations
 
@@ -7,58 +7,20 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rlx import group, settings
-from rlx.algorithm import Algorithm, Key, LearnerState, Mode, Plan, Policy, Source, SourceState
-from rlx.compilation import Programs, check_environment, check_fixed_point, compile_programs
+from rlx.algorithm import Algorithm, Mode, Plan, Policy
+from rlx.compilation import Programs, compile_run
 from rlx.environment import Environment
+from rlx.epoch import EpochMetrics, TrainState
 from rlx.errors import UserError, require
-from rlx.evaluation import EvalResult, make_evaluate
 from rlx.logging import Progress, RunDirectory, Writer
 from rlx.recording import Recorder, StopSignal, check_same_settings, describe, draw_curve, open_checkpoints
-from rlx.rollout import make_source
-from rlx.types import EpisodeStats, Metrics
-
-MAX_STEPS_PER_EPOCH = 2**19  # seconds on a CPU: a signal is answered at an epoch's end
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    total_steps: int = 1_000_000  # budget of inner environment steps; rounded down to whole iterations, at least one
-    num_envs: int = 256  # parallel environments
-    unroll_length: int = 32  # decisions an environment takes in one iteration
-    seed: int = 0  # decides everything that is random
-    iterations_per_epoch: int = 0  # iterations in one compiled block; 0: a fiftieth of the run, at most 2^19 steps
-    num_evals: int = 10  # evaluations after the one at the start, evenly spaced, the last at the end; 0: none
-    eval_episodes: int = 64  # episodes an evaluation
-    eval_decisions: int = 0  # cut of an episode without an ending; 0: the environment's time limit
-    reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of drawn states, or anew
-    reset_pool_size: int = 128  # states in that pool, a quarter of which is drawn anew once an epoch
-    stagger: bool = True  # cut first episodes at random, so that environments do not start all later ones together
-    num_checkpoints: int = 10  # saves, evenly spaced, the last at the end
-    keep_checkpoints: int = 2  # whole ones kept beside the best policy
-
-
-class TrainState(NamedTuple):
-    """All that a run is: a pytree of arrays."""
-
-    learner: LearnerState
-    source: SourceState
-    key: jax.Array  # the root key; never changes
-    iteration: jax.Array  # () int32
-    stopped: jax.Array | None = None  # () int32, of a run among many: the iteration that was not finite, -1 before one
-
-
-class EpochMetrics(NamedTuple):
-    """Sums over the iterations of an epoch, and for `nonfinite` the largest."""
-
-    iterations: jax.Array
-    train: Metrics
-    stats: EpisodeStats
+from rlx.schedule import Schedule, TrainConfig, make_schedule
 
 
 class Run(NamedTuple):
@@ -69,127 +31,6 @@ class Run(NamedTuple):
     policy: Policy  # greedy
     interrupted: bool  # a signal ended it early; `resume` goes on
     error: str = ""  # of a run among many that met a NaN or an infinity; its state is of no use
-
-
-def init_state(algorithm: Algorithm, source: Source, key: jax.Array, policy: Policy | None = None) -> TrainState:
-    """The state at iteration 0. `policy` starts the learner from another run's."""
-    init_key, _, _, _ = jax.random.split(key, 4)
-    learner_key, source_key = jax.random.split(init_key)
-    learner = algorithm.init(learner_key, policy)
-    return TrainState(learner, source.init(algorithm, source_key), key, jnp.zeros((), jnp.int32))
-
-
-def make_iteration(algorithm: Algorithm, source: Source) -> Callable[[TrainState], tuple[TrainState, EpochMetrics]]:
-    """A pure function: one round of collect and update. Its keys are folded from the root key by iteration."""
-
-    def iterate(state: TrainState) -> tuple[TrainState, EpochMetrics]:
-        _, train_key, _, _ = jax.random.split(state.key, 4)
-        collect_key, update_key = jax.random.split(jax.random.fold_in(train_key, state.iteration))
-        policy = algorithm.policy(state.learner, "explore")
-        source_state, trajectory, stats = source.collect(algorithm, policy, state.source, collect_key)
-        learner, metrics = algorithm.update(state.learner, trajectory, state.iteration, update_key)
-        state = state._replace(learner=learner, source=source_state, iteration=state.iteration + 1)
-        metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
-        return state, EpochMetrics(jnp.ones((), jnp.float32), metrics, stats)
-
-    return iterate
-
-
-def make_epoch(
-    algorithm: Algorithm, source: Source, plan: Plan, iterations_per_epoch: int
-) -> Callable[[TrainState], tuple[TrainState, EpochMetrics]]:
-    """A pure function: new reset states, then up to `iterations_per_epoch` iterations, never past the plan's last.
-
-    Raises UserError, while tracing, where an iteration changes a leaf's shape, dtype or weak type.
-    """
-    iterate = jax.jit(make_iteration(algorithm, source))  # jitted: traced once, though it is called twice below
-
-    def epoch(state: TrainState) -> tuple[TrainState, EpochMetrics]:
-        _, _, pool_key, _ = jax.random.split(state.key, 4)
-        state = state._replace(source=source.refresh(state.source, jax.random.fold_in(pool_key, state.iteration)))
-        count = jnp.minimum(iterations_per_epoch, plan.num_iterations - state.iteration)
-        after, shapes = jax.eval_shape(iterate, state)
-        check_fixed_point("the state of the run", state, after)
-        zeros = jax.tree.map(lambda x: jnp.full(x.shape, -1 if x.dtype == jnp.int32 else 0, x.dtype), shapes)
-
-        def body(_, carry):
-            before, sums = carry
-            state, new = iterate(before)
-            if before.stopped is not None:
-                state, new = stop_nonfinite(before, state, new)
-            nonfinite = jax.tree.map(jnp.maximum, sums.stats.nonfinite, new.stats.nonfinite)
-            sums = jax.tree.map(jnp.add, sums, new)
-            return state, sums._replace(stats=sums.stats._replace(nonfinite=nonfinite))
-
-        return jax.lax.fori_loop(0, count, body, (state, zeros))
-
-    return epoch
-
-
-def stop_nonfinite(before: TrainState, after: TrainState, metrics: EpochMetrics) -> tuple[TrainState, EpochMetrics]:
-    """One iteration of a run among many: one that is not finite is taken back, and from then on nothing is learnt.
-
-    Its metrics stand, so that the host sees it (all NaN where the learner alone is not finite); those of later
-    iterations are zero.
-    """
-    assert before.stopped is not None
-    running = before.stopped < 0
-    finite = [jnp.isfinite(value).all() for value in metrics.train.values()]
-    finite += [index < 0 for index in metrics.stats.nonfinite.values()]
-    seen = jnp.stack([jnp.ones((), bool), *finite]).all()
-    leaves = [leaf for leaf in jax.tree.leaves(after.learner) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    goes_on = running & seen & jnp.stack([jnp.ones((), bool), *(jnp.isfinite(leaf).all() for leaf in leaves)]).all()
-    unseen = running & seen & ~goes_on
-    metrics = metrics._replace(train={k: jnp.where(unseen, jnp.nan, v) for k, v in metrics.train.items()})
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(goes_on, new, old), (after.learner, after.source), (before.learner, before.source)
-    )
-    stopped = jnp.where(running & ~goes_on, before.iteration, before.stopped)
-    still = metrics._replace(stats=metrics.stats._replace(nonfinite={}))
-    still = jax.tree.map(lambda x: jnp.where(running, x, jnp.zeros_like(x)), still)
-    nonfinite = {k: jnp.where(running, index, -1) for k, index in metrics.stats.nonfinite.items()}
-    metrics = still._replace(stats=still.stats._replace(nonfinite=nonfinite))
-    return after._replace(learner=kept[0], source=kept[1], stopped=stopped), metrics
-
-
-class Schedule(NamedTuple):
-    """When the driver visits the host: a pure function of the iteration, so that a resumed run keeps it."""
-
-    plan: Plan
-    iterations_per_epoch: int
-
-    @property
-    def num_epochs(self) -> int:
-        return -(-self.plan.num_iterations // self.iterations_per_epoch)
-
-    def after(self, iteration: int) -> int:
-        """The iteration at the next epoch's end."""
-        return min(iteration + self.iterations_per_epoch, self.plan.num_iterations)
-
-    def due(self, iteration: int, times: int) -> bool:
-        """Whether one of `times` evenly spaced events falls on the epoch that ends at `iteration`."""
-        epoch = -(-iteration // self.iterations_per_epoch)
-        return epoch * times // self.num_epochs > (epoch - 1) * times // self.num_epochs
-
-
-def make_schedule(env: Environment, config: TrainConfig) -> Schedule:
-    """Sizes of the run from its settings. Raises UserError for a field that cannot be."""
-    settings.check_types(config)
-    at_least_1 = ("total_steps", "num_envs", "unroll_length", "eval_episodes", "reset_pool_size")
-    for name in (*at_least_1, "num_checkpoints", "keep_checkpoints"):
-        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
-    for name in ("iterations_per_epoch", "num_evals", "eval_decisions"):
-        require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
-    if config.num_evals and not env.spec.episode_length:
-        allowed = "at least 1, for the environment has no time limit"
-        require(config.eval_decisions > 0, "eval_decisions", config.eval_decisions, allowed)
-    require(0 <= config.seed < 2**32, "seed", config.seed, "an integer from 0 to 2^32 - 1")
-    require(config.reset in ("pool", "always"), "reset", config.reset, "pool or always")
-    plan = Plan(config.num_envs, config.unroll_length, 0, env.spec.action_repeat)
-    num_iterations = max(1, config.total_steps // plan.steps_per_iteration)
-    largest = max(1, MAX_STEPS_PER_EPOCH // plan.steps_per_iteration)
-    per_epoch = config.iterations_per_epoch or min(max(1, num_iterations // 50), largest)
-    return Schedule(plan._replace(num_iterations=num_iterations), min(per_epoch, num_iterations))
 
 
 def run_epochs(
@@ -275,7 +116,7 @@ def train(
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the run")
     progress = progress or Progress()
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
-    schedule_entry = {**plan._asdict(), "iterations_per_epoch": schedule.iterations_per_epoch}
+    schedule_entry = schedule.describe()
     description = describe(algorithm, env, train_config, config, schedule_entry) | dict(record or {})
     directory = None
     if run_dir is not None and resume:
@@ -336,14 +177,14 @@ def train_many(
     """
     names = list(runs)
     train_config, config, varied = group.varied_settings(runs)
-    schedule = make_schedule(env, train_config)
+    schedule = make_schedule(env, train_config, len(runs))
     plan = schedule.plan
     built = [build_algorithm(algorithm, of_run, env, plan) for _, of_run in runs.values()]
     check_policy(built[0], init_policy)
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the runs")
     progress = progress or Progress()
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
-    schedule_entry = {**plan._asdict(), "iterations_per_epoch": schedule.iterations_per_epoch}
+    schedule_entry = schedule.describe()
     descriptions = {
         name: describe(algorithm, env, *runs[name], schedule_entry) | dict(records.get(name, {})) for name in names
     }
@@ -403,53 +244,6 @@ def build_algorithm(module: Any, config: Any, env: Environment, plan: Plan) -> A
     return module.make(config, env.spec, plan)
 
 
-def compile_run(
-    env: Environment,
-    make: Callable[[Mapping[str, jax.Array]], Algorithm],
-    schedule: Schedule,
-    config: TrainConfig,
-    key: Key,
-    varied: Mapping[str, jax.Array],
-    policy: Policy | None,
-    progress: Progress,
-) -> Programs:
-    """Everything a run needs, compiled ahead of the first step; many runs, if there are many keys.
-
-    `make` gives the algorithm for its `varied` settings, () each. With `key` [K] those are [K], and all leaves of the
-    state and of what it gives are [K, ...], but for the iteration.
-    """
-    check_environment(env)
-    source = make_source(env, schedule.plan, config.reset, config.reset_pool_size, config.stagger)
-    many = key.ndim > 0
-
-    def init(key: Key, varied: Any, policy: Policy | None) -> TrainState:
-        state = init_state(make(varied), source, key, policy)
-        return state._replace(stopped=jnp.full((), -1, jnp.int32)) if many else state
-
-    def epoch(state: TrainState, varied: Any) -> tuple[TrainState, EpochMetrics]:
-        return make_epoch(make(varied), source, schedule.plan, schedule.iterations_per_epoch)(state)
-
-    def evaluate(state: TrainState, varied: Any) -> tuple[EvalResult, Policy]:
-        algorithm = make(varied)
-        policy = algorithm.policy(state.learner, "greedy")
-        play = make_evaluate(env, algorithm, config.eval_episodes, "greedy", config.eval_decisions)
-        _, _, _, eval_key = jax.random.split(state.key, 4)
-        return play(policy, eval_key), policy
-
-    functions: tuple[Any, Any, Any] = (init, epoch, evaluate)
-    if many:
-        of_state = TrainState(0, 0, 0, None, 0)  # type: ignore[arg-type]
-        functions = (
-            jax.vmap(init, (0, 0, None), of_state),
-            jax.vmap(epoch, (of_state, 0), (of_state, 0)),
-            jax.vmap(evaluate, (of_state, 0)),
-        )
-    init_all, epoch_all, evaluate_all = functions
-    return compile_programs(
-        init_all, epoch_all, evaluate_all if config.num_evals else None, key, varied, policy, progress
-    )
-
-
 def check_policy(algorithm: Algorithm, policy: Policy | None) -> None:
     """Raises UserError, with the first leaf that differs, where a policy to start from is of another kind."""
     if policy is None:
@@ -478,7 +272,7 @@ def load_policy(
 
     Raises UserError where there is none, or where it is of another algorithm or environment.
     """
-    plan = make_schedule(env, train_config).plan
+    plan = make_schedule(env, dataclasses.replace(train_config, num_devices=1)).plan
     built = build_algorithm(algorithm, config, env, plan)
     checkpointer = open_checkpoints(RunDirectory.open(run_dir), train_config.keep_checkpoints)
     learner = jax.eval_shape(built.init, jax.random.key(0))

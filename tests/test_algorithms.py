@@ -15,8 +15,8 @@ import pytest
 
 from rlx.algorithm import Algorithm, Plan
 from rlx.algorithms import ALGORITHMS
+from rlx.epoch import TrainState, init_state, make_epoch
 from rlx.rollout import make_source
-from rlx.training import TrainState, init_state, make_epoch
 from rlx.types import Box, Discrete
 from tests.worlds import Counter
 
@@ -92,8 +92,10 @@ def test_actions_are_what_the_spec_says(name, world, mode):
     algorithm, _, state = setup(name, world)
     spec = WORLDS[world].spec
     policy = algorithm.policy(state.learner, mode)
-    memory, action, _ = algorithm.act(policy, state.source.memory, state.source.obs, jax.random.key(1), mode)
-    assert jax.tree.map(jax.typeof, memory) == jax.tree.map(jax.typeof, state.source.memory)
+    memory, action, _ = algorithm.act(
+        policy, state.source.episodes.memory, state.source.episodes.obs, jax.random.key(1), mode
+    )
+    assert jax.tree.map(jax.typeof, memory) == jax.tree.map(jax.typeof, state.source.episodes.memory)
     if isinstance(spec.action, Discrete):
         assert action.dtype == jnp.int32 and action.shape == (PLAN.num_envs,)
         assert ((action >= 0) & (action < spec.action.num_values)).all()
@@ -107,7 +109,11 @@ def test_greedy_is_deterministic_and_sampling_is_not(name, world):
     algorithm, _, state = setup(name, world)
     draw = lambda mode, seed: np.asarray(  # noqa: E731
         algorithm.act(
-            algorithm.policy(state.learner, mode), state.source.memory, state.source.obs, jax.random.key(seed), mode
+            algorithm.policy(state.learner, mode),
+            state.source.episodes.memory,
+            state.source.episodes.obs,
+            jax.random.key(seed),
+            mode,
         )[1]
     )
     np.testing.assert_array_equal(draw("greedy", 0), draw("greedy", 1))
@@ -119,7 +125,8 @@ def test_a_policy_is_enough_to_start_another_learner(name, world):
     algorithm, epoch, state = setup(name, world)
     policy = algorithm.policy(epoch(state)[0].learner, "greedy")
     other = algorithm.policy(algorithm.init(jax.random.key(5), policy), "greedy")
-    act = lambda p: algorithm.act(p, state.source.memory, state.source.obs, jax.random.key(0), "greedy")[1]  # noqa: E731
+    memory, obs = state.source.episodes.memory, state.source.episodes.obs
+    act = lambda p: algorithm.act(p, memory, obs, jax.random.key(0), "greedy")[1]  # noqa: E731
     np.testing.assert_array_equal(act(policy), act(other))
     assert len(jax.tree.leaves(policy)) < len(jax.tree.leaves(state.learner))
 

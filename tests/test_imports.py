@@ -18,7 +18,7 @@ BASE = {"rlx.errors", "rlx.types", "rlx.machine"}
 CONTRACT = BASE | {"rlx.environment", "rlx.algorithm"}
 SHARED = {"returns", "replay", "normalize", "distributions", "networks", "statistics", "minibatches", "comparison"}
 DRIVER = {"training", "rollout", "evaluation", "checkpoint", "checkpoint_store", "compilation", "data", "logging"}
-DRIVER |= {"plotting", "recording", "sharding", "benchmark", "measuring", "group", "sweep"}
+DRIVER |= {"epoch", "schedule", "plotting", "recording", "sharding", "benchmark", "measuring", "group", "sweep"}
 DRIVER |= {"study", "results", "findings", "documents", "pictures", "report"}
 
 
@@ -52,7 +52,7 @@ SCRIPTS = dict([*ALL.items(), *modules("experiments"), *modules("tests")])
 
 def test_this_test_sees_the_code():
     assert {"rlx.training", "rlx.cli", "rlx.algorithms.ppo"} <= set(ALL)
-    assert "rlx.rollout" in own(ALL["rlx.training"]) and "rlx.normalize" in own(ALL["rlx.algorithms.ppo"])
+    assert "rlx.rollout" in own(ALL["rlx.compilation"]) and "rlx.normalize" in own(ALL["rlx.algorithms.ppo"])
 
 
 def test_errors_and_types_import_nothing_above_them():

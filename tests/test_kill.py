@@ -26,9 +26,10 @@ import pytest
 from rlx.algorithms import ALGORITHMS
 from rlx.checkpoint import Checkpointer
 from rlx.cli.pairs import load_run
+from rlx.epoch import init_state
 from rlx.logging import read_metrics
 from rlx.rollout import make_source
-from rlx.training import init_state, make_schedule
+from rlx.schedule import make_schedule
 
 # The smallest run of each algorithm. Its episodes are longer than an unroll, so a kill falls into the middle of some.
 RUNS = {

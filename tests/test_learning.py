@@ -15,7 +15,8 @@ from rlx import normalize
 from rlx.algorithms import ALGORITHMS
 from rlx.logging import Progress
 from rlx.networks import MLP
-from rlx.training import TrainConfig, train
+from rlx.schedule import TrainConfig
+from rlx.training import train
 
 TRAIN = TrainConfig(total_steps=64 * 16 * 60, num_envs=64, unroll_length=16, num_evals=1, eval_episodes=256)
 FAST = {

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlx.minibatches import permutation, scan_minibatches
+from rlx.algorithm import Plan
+from rlx.errors import UserError
+from rlx.minibatches import check_minibatches, permutation, scan_minibatches, shuffle_groups
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 255, 256, 8192, 2**16, 2**16 + 3])
@@ -52,3 +54,35 @@ def test_every_transition_is_used_once_an_epoch_and_its_leaves_stay_together(seg
     assert (np.asarray(seen["a"][0]) != np.asarray(seen["a"][1])).any()
     if segments:  # whole columns: an environment's steps in their order
         np.testing.assert_array_equal(np.diff(np.asarray(seen["a"]), axis=2), envs)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_every_minibatch_has_an_equal_part_of_each_group_in_the_groups_order(segments):
+    time, envs, groups = 4, 12, 2
+    columns = jnp.broadcast_to(jnp.arange(envs), (time, envs))
+
+    def step(carry, minibatch, key):
+        return carry, minibatch
+
+    _, seen = scan_minibatches(step, (), columns, jax.random.key(3), 2, 3, segments, groups)
+    members = np.asarray(seen) // (envs // groups)
+    half = members.shape[-1] // groups
+    np.testing.assert_array_equal(members[..., :half], 0)
+    np.testing.assert_array_equal(members[..., half:], 1)
+    for epoch in np.asarray(seen):
+        np.testing.assert_array_equal(np.bincount(epoch.ravel()), np.full(envs, time))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "num_envs", "num_minibatches", "segments", "expected"),
+    [(32, 256, 8, False, 32), (32, 64, 8, True, 8), (32, 6, 3, False, 2), (32, 5, 1, False, 1), (3, 12, 4, True, 3)],
+)
+def test_groups_are_as_many_as_sizes_allow(wanted, num_envs, num_minibatches, segments, expected):
+    assert shuffle_groups(wanted, num_envs, 32, num_minibatches, segments) == expected
+
+
+def test_devices_that_would_share_a_group_are_refused():
+    plan = Plan(num_envs=64, unroll_length=4, num_iterations=1, num_groups=32, num_devices=16)
+    check_minibatches(plan, 8)
+    with pytest.raises(UserError, match="16 devices need whole groups, and num_groups = 32 makes 8"):
+        check_minibatches(plan, 8, segments=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +109,7 @@ def test_any_number_of_leading_axes_counts_as_one_batch():
     expected = normalize.update(normalize.init(SPEC), data.reshape(64, 3))
     for shape in [(4, 16, 3), (2, 2, 16, 3)]:
         stats = normalize.update(normalize.init(SPEC), data.reshape(shape))
-        jax.tree.map(np.testing.assert_array_equal, stats, expected)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), stats, expected)
     single = normalize.update(normalize.init(SPEC), data[0, 0])
     np.testing.assert_array_equal(single.count, [1, 0])
     np.testing.assert_array_equal(single.mean, data[0, 0])
@@ -174,33 +176,6 @@ def test_the_state_can_be_donated():
     donated = jax.jit(normalize.update, donate_argnums=0)
     stats = donated(normalize.init(SPEC), jnp.ones((4, 3)))
     np.testing.assert_array_equal(donated(stats, jnp.ones((4, 3))).count, [8, 0])
-
-
-def test_statistics_over_a_mapped_axis_equal_those_of_the_whole_batch():
-    data = jnp.asarray(stream(3, offset=1e4))  # three batches, each spread over four members
-    whole = fold(data)
-    spread = normalize.init(SPEC)
-    for batch in data.reshape(3, 4, 4, 3):
-        mapped = jax.vmap(lambda s, x: normalize.update(s, x, "devices"), in_axes=(None, 0), axis_name="devices")
-        members = mapped(spread, batch)
-        jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape)), members)
-        spread = jax.tree.map(lambda x: x[0], members)
-    np.testing.assert_array_equal(spread.count, whole.count)
-    np.testing.assert_allclose(spread.mean, whole.mean, rtol=1e-6)
-    np.testing.assert_allclose(spread.std, whole.std, rtol=1e-4)
-
-
-def test_statistics_under_shard_map_are_replicated():
-    mesh = jax.make_mesh((1,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec
-    sharded = jax.shard_map(
-        lambda s, x: normalize.update(s, x, "devices"), mesh=mesh, in_specs=(spec(), spec("devices")), out_specs=spec()
-    )
-    data = jnp.asarray(stream(1)[0])
-    stats, expected = sharded(normalize.init(SPEC), data), fold([data])
-    np.testing.assert_array_equal(stats.count, expected.count)
-    np.testing.assert_allclose(stats.mean, expected.mean, rtol=1e-5)
-    np.testing.assert_allclose(stats.std, expected.std, rtol=1e-5)
 
 
 def test_statistics_of_several_seeds_are_kept_apart_by_vmap():

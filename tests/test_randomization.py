@@ -19,7 +19,8 @@ from rlx.algorithms import ppo
 from rlx.errors import UserError
 from rlx.logging import Progress
 from rlx.rollout import make_source
-from rlx.training import TrainConfig, train
+from rlx.schedule import TrainConfig
+from rlx.training import train
 from rlx.types import Box, Spec, TimeStep
 from tests.worlds import constant_algorithm
 
@@ -280,5 +281,5 @@ def test_training_goes_on_under_fresh_draws():
     small = ppo.Config(actor_hidden=(8,), critic_hidden=(8,), num_epochs=1, num_minibatches=2)
     run = train(env, ppo, config, small, progress=Progress(1, quiet=True))
     assert run.history[-1]["step"] == 128 and np.isfinite(run.history[-1]["eval/return"])
-    masses = run.state.source.env.env.overrides["body_mass"][:, 1]
+    masses = run.state.source.episodes.env.env.overrides["body_mass"][:, 1]
     assert len(np.unique(masses)) > 1 and masses.min() >= np.float32(MASS)

@@ -61,8 +61,10 @@ def test_episode_statistics_are_the_sums_over_ended_episodes():
     assert float(stats.returns) == 8 * (1 + 2 + 3)
     assert float(stats.lengths) == 8 * 3
     assert float(stats.info["t"]) == pytest.approx((1 + 2 + 3 + 1 + 2 + 3 + 1) / 7)
-    np.testing.assert_array_equal(state.returns, np.full(4, 1.0))  # the running episodes go on in the next collect
-    np.testing.assert_array_equal(state.lengths, np.full(4, 1.0))
+    np.testing.assert_array_equal(
+        state.episodes.returns, np.full(4, 1.0)
+    )  # the running episodes go on in the next collect
+    np.testing.assert_array_equal(state.episodes.lengths, np.full(4, 1.0))
     state, _, stats = step(state, jax.random.key(2))
     assert float(stats.returns) == 8 * 6
 
@@ -86,7 +88,7 @@ def test_a_refresh_replaces_the_oldest_quarter_of_the_pool_by_new_states(pool_si
         new = set(np.asarray(refreshed.pool_obs[-num_new:, 0]).tolist())
         assert len(new) == num_new and not new & seen
         np.testing.assert_array_equal(refreshed.pool_obs[:, 0], refreshed.pool_env.start)
-        np.testing.assert_array_equal(refreshed.obs, state.obs)
+        np.testing.assert_array_equal(refreshed.episodes.obs, state.episodes.obs)
         state, seen = refreshed, seen | new
     assert not set(np.asarray(start.pool_obs[:, 0]).tolist()) & set(np.asarray(state.pool_obs[:, 0]).tolist())
 
@@ -122,7 +124,8 @@ def test_no_key_is_used_twice():
     source = make_source(KeyLogger(), plan, "always")
     start = source.init(algorithm, jax.random.key(0))
     state, trajectory, _ = source.collect(algorithm, (), start, jax.random.key(1))
-    keys = [trajectory.obs.reshape(-1, 2), state.obs, trajectory.next_obs.reshape(-1, 2), trajectory.extras[:, 0]]
+    obs, next_obs = trajectory.obs.reshape(-1, 2), trajectory.next_obs.reshape(-1, 2)
+    keys = [obs, state.episodes.obs, next_obs, trajectory.extras[:, 0]]
     keys = np.concatenate([*map(np.asarray, keys), np.asarray(jax.random.key_data(jax.random.key(1)))[None]])
     assert len(np.unique(keys, axis=0)) == len(keys)
 
@@ -170,7 +173,7 @@ def staggered(env, num_envs=64, length=40):
 def test_a_staggered_first_episode_is_cut_once_as_a_truncation_and_later_ones_are_whole():
     length = 10
     start, state, trajectory, stats = staggered(TimeLimit(Counter(1000), length))
-    cuts = np.asarray(start.cuts).astype(int)
+    cuts = np.asarray(start.episodes.cuts).astype(int)
     assert set(cuts) == set(range(1, length + 1))  # 64 draws of 10: all there
     assert not np.asarray(trajectory.terminated).any()
     for env, cut in enumerate(cuts):
@@ -178,7 +181,7 @@ def test_a_staggered_first_episode_is_cut_once_as_a_truncation_and_later_ones_ar
         np.testing.assert_array_equal(ends, np.arange(cut, 41, length))
     t = np.asarray(trajectory.next_obs[..., 1])
     assert t[cuts - 1, np.arange(64)].tolist() == cuts.tolist()  # the true successor at the cut
-    assert np.isinf(np.asarray(state.cuts)).all()
+    assert np.isinf(np.asarray(state.episodes.cuts)).all()
     # Statistics are those of whole episodes: a first one that was cut at its limit counts, a shorter one does not.
     whole = sum((40 - cut) // length + (cut == length) for cut in cuts)
     assert float(stats.episodes) == whole
@@ -189,4 +192,4 @@ def test_without_a_time_limit_nothing_is_cut():
     endless = Counter(3)
     endless.spec = dataclasses.replace(endless.spec, episode_length=None)
     start, *_ = staggered(endless)
-    assert np.isinf(np.asarray(start.cuts)).all()
+    assert np.isinf(np.asarray(start.episodes.cuts)).all()

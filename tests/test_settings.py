@@ -13,8 +13,8 @@ import envs
 from rlx import settings
 from rlx.algorithms import ALGORITHMS
 from rlx.errors import UserError
+from rlx.schedule import TrainConfig
 from rlx.settings import Setting
-from rlx.training import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

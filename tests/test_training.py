@@ -19,11 +19,13 @@ from rlx import training
 from rlx.algorithm import Plan
 from rlx.algorithms import ppo
 from rlx.checkpoint import Checkpointer
+from rlx.epoch import TrainState, init_state, make_epoch
 from rlx.errors import NonFiniteError, UserError
 from rlx.logging import Progress, read_metrics
 from rlx.recording import describe, open_checkpoints
 from rlx.rollout import make_source
-from rlx.training import Schedule, TrainConfig, TrainState, init_state, make_epoch, make_schedule, train
+from rlx.schedule import Schedule, TrainConfig, make_schedule
+from rlx.training import train
 from tests.worlds import Counter, constant_algorithm
 
 SMALL = TrainConfig(
@@ -187,7 +189,7 @@ def test_a_run_on_native_physics_resumes_bit_for_bit(tmp_path):
     assert part.interrupted
     rest = run(tmp_path / "part", env=env, resume=True)
     assert_same_state(whole.state, rest.state)
-    assert np.ptp(whole.state.source.env.env.overrides["body_mass"][:, 1]) > 0
+    assert np.ptp(whole.state.source.episodes.env.env.overrides["body_mass"][:, 1]) > 0
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):

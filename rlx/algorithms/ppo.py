@@ -124,7 +124,7 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
         require(low <= rate <= high, "algo.learning_rate", rate, f"adaptive_lr keeps it between {low} and {high}")
     activation(config.activation)
     segments = config.recurrent or config.gae_per_minibatch
-    check_minibatches(plan.num_envs, plan.unroll_length, config.num_minibatches, segments)
+    check_minibatches(plan, config.num_minibatches, segments)
 
 
 def inverse_softplus(x: float | jax.Array) -> jax.Array:
@@ -300,6 +300,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
             config.num_epochs,
             config.num_minibatches,
             segments,
+            plan.num_groups,
         )
         first_ratio = metrics.pop("ratio_deviation")[0, 0]
         metrics = jax.tree.map(jnp.mean, metrics) | {

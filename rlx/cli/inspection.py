@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import json
@@ -48,12 +49,14 @@ def evaluate(arguments: list[str]) -> int:
             import jax
 
             from rlx.evaluation import make_evaluate
-            from rlx.training import build_algorithm, load_policy, make_schedule
+            from rlx.schedule import make_schedule
+            from rlx.training import build_algorithm, load_policy
 
         @functools.cache  # runs of one program may differ in their settings
         def player(config: Any) -> Any:
             decisions = options.decisions or run.train_config.eval_decisions
-            algorithm = build_algorithm(run.module, config, run.env, make_schedule(run.env, run.train_config).plan)
+            one_device = dataclasses.replace(run.train_config, num_devices=1)
+            algorithm = build_algorithm(run.module, config, run.env, make_schedule(run.env, one_device).plan)
             return jax.jit(make_evaluate(run.env, algorithm, options.episodes, options.mode, decisions))
 
         for path in members:
@@ -119,7 +122,7 @@ def build_sweep(options: Any, pair: Pair) -> Any:
     module = load_algorithm(pair)
     from rlx.benchmark import Sweep
     from rlx.measuring import Target
-    from rlx.training import TrainConfig
+    from rlx.schedule import TrainConfig
 
     layers = [("preset", settings.preset(pair.env, pair.algorithm)), ("command line", options.settings)]
     merged = settings.merge(TrainConfig, module.Config, layers)

@@ -145,7 +145,7 @@ def load_run(run_dir: str | Path, physics: str = "") -> LoadedRun:
 
 def settings_of(directory: RunDirectory, module: ModuleType) -> tuple[Any, Any]:
     """The recorded TrainConfig and Config of a run. Raises UserError for fields that are no more."""
-    from rlx.training import TrainConfig
+    from rlx.schedule import TrainConfig
 
     train_config = settings.build(TrainConfig, directory.config["train"])
     return train_config, settings.build(module.Config, directory.config["algo"])

@@ -106,20 +106,21 @@ def plan(chosen: Sequence[tuple[Program, Pair]], out: Path, quiet: bool) -> list
             planned = [merge(program, pair, out) for program, pair in chosen]
             for one in planned:
                 check_unchanged(one)
-            from rlx.training import build_algorithm, make_schedule
+            from rlx.schedule import make_schedule
+            from rlx.training import build_algorithm
         with shown.phase("building"):
             for one in planned:
                 if not one.finished:
                     env, (train_config, config) = load_env(one.pair), next(iter(one.runs.values()))
                     algorithm = load_algorithm(one.pair)
-                    build_algorithm(algorithm, config, env, make_schedule(env, train_config).plan)
+                    build_algorithm(algorithm, config, env, make_schedule(env, train_config, len(one.runs)).plan)
     return planned
 
 
 def merge(program: Program, pair: Pair, out: Path) -> Planned:
     """The settings of a program's runs. Raises UserError for those that do not exist or are of a wrong type."""
     algorithm = load_algorithm(pair)
-    from rlx.training import TrainConfig
+    from rlx.schedule import TrainConfig
 
     layers = [("preset", settings.preset(pair.env, pair.algorithm)), *program.layers]
     merged = settings.merge(TrainConfig, algorithm.Config, layers)
@@ -147,6 +148,8 @@ def check_unchanged(one: Planned) -> None:
         was = recorded["train"] | settings.flatten(recorded["algo"], "algo.")
         was |= {"algorithm": recorded["algorithm"], "env": recorded["env"], "env.*": recorded["env_overrides"]}
         for key, new in json.loads(json.dumps(now)).items():
+            if key in ("num_devices", "split"):
+                continue  # they decide roundings, and may have to be others
             old = was.get(key, new)  # a field that is new since was at its default
             require(old == new, f"{one.program.title}: {key}", new, f"it was begun with {old!r}; {advice}")
 

@@ -53,7 +53,7 @@ def sweep(arguments: list[str]) -> int:
             algorithm = load_algorithm(pair)
             from rlx import sweep as sweeping
             from rlx.arguments import parse_train
-            from rlx.training import TrainConfig
+            from rlx.schedule import TrainConfig
         options, merged = parse_train(pair.env, pair.algorithm, rest, TrainConfig, algorithm.Config)
         require(options.num_seeds >= 1, "num_seeds", options.num_seeds, "at least 1")
         for flag, value in (("from", options.from_run), ("wandb", options.wandb), ("overwrite", options.overwrite)):
@@ -91,7 +91,7 @@ def plan(
 ) -> dict[str, Any]:
     """Programs and their runs, as sweep.json holds them. Raises UserError for settings that there are not."""
     from rlx import sweep as sweeping
-    from rlx.training import TrainConfig
+    from rlx.schedule import TrainConfig
 
     for combination in found:
         require("seed" not in combination, "sweep", "seed", "seeds are swept by --num-seeds")
@@ -119,7 +119,7 @@ def hints_of(algorithm: Any) -> dict[str, Any]:
 
 def of_program(program: Mapping[str, Any], algorithm: Any) -> tuple[Pair, dict[str, tuple[Any, Any]]]:
     """The pair and the settings of the runs of a program in sweep.json."""
-    from rlx.training import TrainConfig
+    from rlx.schedule import TrainConfig
 
     runs = {
         name: (settings.build(TrainConfig, run["train"]), settings.build(algorithm.Config, run["algo"]))
@@ -133,7 +133,8 @@ def check(content: Mapping[str, Any], algorithm: Any) -> None:
 
     Writes into `content` which engine "auto" is here: all programs have the same, wherever they go on.
     """
-    from rlx.training import build_algorithm, make_schedule
+    from rlx.schedule import make_schedule
+    from rlx.training import build_algorithm
 
     for program in content["programs"]:
         pair, runs = of_program(program, algorithm)

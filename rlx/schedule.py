@@ -1,0 +1,101 @@
+"""The sizes of a run and when its driver visits the host: pure functions of its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import jax
+
+from rlx import settings
+from rlx.algorithm import Plan
+from rlx.environment import Environment
+from rlx.errors import require
+
+MAX_STEPS_PER_EPOCH = 2**19  # seconds on a CPU: a signal is answered at an epoch's end
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    total_steps: int = 1_000_000  # budget of inner environment steps; rounded down to whole iterations, at least one
+    num_envs: int = 256  # parallel environments
+    unroll_length: int = 32  # decisions an environment takes in one iteration
+    seed: int = 0  # decides everything that is random
+    iterations_per_epoch: int = 0  # iterations in one compiled block; 0: a fiftieth of the run, at most 2^19 steps
+    num_evals: int = 10  # evaluations after the one at the start, evenly spaced, the last at the end; 0: none
+    eval_episodes: int = 64  # episodes an evaluation
+    eval_decisions: int = 0  # cut of an episode without an ending; 0: the environment's time limit
+    reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of drawn states, or anew
+    reset_pool_size: int = 128  # states in that pool, a quarter of which is drawn anew once an epoch
+    num_groups: int = (
+        0  # environments are shuffled in so many groups; a device holds whole ones. 0: up to 32, a power of 2
+    )
+    num_devices: int = 0  # over which environments, or the runs of one program, are split; 0: all that there are
+    split: Literal["auto", "envs", "runs"] = "auto"  # what is split; auto: runs where they divide by the devices
+    stagger: bool = True  # cut first episodes at random, so that environments do not start all later ones together
+    num_checkpoints: int = 10  # saves, evenly spaced, the last at the end
+    keep_checkpoints: int = 2  # whole ones kept beside the best policy
+
+
+class Schedule(NamedTuple):
+    """When the driver visits the host: a pure function of the iteration, so that a resumed run keeps it."""
+
+    plan: Plan
+    iterations_per_epoch: int
+    num_run_devices: int = 1  # over which the runs of one program are split
+
+    @property
+    def num_epochs(self) -> int:
+        return -(-self.plan.num_iterations // self.iterations_per_epoch)
+
+    def describe(self) -> dict[str, int]:
+        """What decides the numbers of a run; the devices do not."""
+        sizes = {name: size for name, size in self.plan._asdict().items() if name != "num_devices"}
+        return {**sizes, "iterations_per_epoch": self.iterations_per_epoch}
+
+    def after(self, iteration: int) -> int:
+        """The iteration at the next epoch's end."""
+        return min(iteration + self.iterations_per_epoch, self.plan.num_iterations)
+
+    def due(self, iteration: int, times: int) -> bool:
+        """Whether one of `times` evenly spaced events falls on the epoch that ends at `iteration`."""
+        epoch = -(-iteration // self.iterations_per_epoch)
+        return epoch * times // self.num_epochs > (epoch - 1) * times // self.num_epochs
+
+
+def make_schedule(env: Environment, config: TrainConfig, num_runs: int = 1) -> Schedule:
+    """Sizes of a run, or of `num_runs` in one program, from its settings. Raises UserError for one that cannot be."""
+    settings.check_types(config)
+    at_least_1 = ("total_steps", "num_envs", "unroll_length", "eval_episodes", "reset_pool_size")
+    for name in (*at_least_1, "num_checkpoints", "keep_checkpoints"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    for name in ("iterations_per_epoch", "num_evals", "eval_decisions"):
+        require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
+    if config.num_evals and not env.spec.episode_length:
+        allowed = "at least 1, for the environment has no time limit"
+        require(config.eval_decisions > 0, "eval_decisions", config.eval_decisions, allowed)
+    require(0 <= config.seed < 2**32, "seed", config.seed, "an integer from 0 to 2^32 - 1")
+    require(config.reset in ("pool", "always"), "reset", config.reset, "pool or always")
+    num_groups = config.num_groups or math.gcd(config.num_envs, 32)
+    allowed = f"at least 0, and a divisor of num_envs = {config.num_envs}"
+    require(num_groups >= 1 and config.num_envs % num_groups == 0, "num_groups", num_groups, allowed)
+    env_devices, run_devices = split_devices(config, num_groups, num_runs)
+    plan = Plan(config.num_envs, config.unroll_length, 0, env.spec.action_repeat, num_groups, env_devices)
+    num_iterations = max(1, config.total_steps // plan.steps_per_iteration)
+    largest = max(1, MAX_STEPS_PER_EPOCH // plan.steps_per_iteration)
+    per_epoch = config.iterations_per_epoch or min(max(1, num_iterations // 50), largest)
+    return Schedule(plan._replace(num_iterations=num_iterations), min(per_epoch, num_iterations), run_devices)
+
+
+def split_devices(config: TrainConfig, num_groups: int, num_runs: int) -> tuple[int, int]:
+    """Over how many devices environments are split, and runs. Raises UserError where they do not divide."""
+    found = len(jax.devices())
+    devices = config.num_devices or found
+    require(0 < devices <= found, "num_devices", config.num_devices, f"from 1 to {found}, or 0 for all of them")
+    require(config.split in ("auto", "envs", "runs"), "split", config.split, "auto, envs or runs")
+    if config.split == "runs" or (config.split == "auto" and num_runs > 1 and num_runs % devices == 0):
+        require(num_runs % devices == 0, "num_devices", devices, f"a divisor of the {num_runs} runs to split")
+        return 1, devices
+    require(num_groups % devices == 0, "num_devices", devices, f"a divisor of num_groups = {num_groups} to split")
+    return devices, 1
