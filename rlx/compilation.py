@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlx import footprint
 from rlx.algorithm import Algorithm, Key, Policy
 from rlx.environment import Environment, random_action
 from rlx.epoch import EpochMetrics, TrainState, check_fixed_point, init_state, make_epoch
@@ -72,6 +73,7 @@ def compile_run(
             jax.vmap(epoch, (of_state, 0), (of_state, 0)),
             jax.vmap(evaluate, (of_state, 0)),
         )
+    in_state = rest = None  # where the state is, and what else the programs give
     if runs_mesh:  # every device trains some of the runs, and none hears of the others
         one, of_state = P(AXIS), of_runs(P(AXIS), P())
         specs = [((one, one, P()), of_state), ((of_state, one), (of_state, one)), ((of_state, one), one)]
@@ -79,19 +81,21 @@ def compile_run(
             jax.shard_map(function, mesh=runs_mesh, in_specs=given, out_specs=gives, check_vma=False)
             for function, (given, gives) in zip(functions, specs, strict=True)
         )
-    placements: tuple[Any, Any, Any] = (None, None, None)
-    if mesh:
-        whole = NamedSharding(mesh, P())
-        of_mesh = placement(jax.eval_shape(functions[0], key, varied, policy), mesh, (None,) * key.ndim)
-        placements = (of_mesh, (of_mesh, whole), whole)
+        rest = NamedSharding(runs_mesh, P(AXIS))
+        in_state = of_runs(rest, NamedSharding(runs_mesh, P()))
+    elif mesh:
+        rest = NamedSharding(mesh, P())
+        in_state = placement(jax.eval_shape(functions[0], key, varied, policy), mesh, (None,) * key.ndim)
     with progress.phase("tracing"):
-        traced = [jax.jit(functions[0], out_shardings=placements[0]).trace(key, varied, policy)]
+        traced = [jax.jit(functions[0], out_shardings=in_state).trace(key, varied, policy)]
         state = traced[0].out_info
-        traced.append(jax.jit(functions[1], out_shardings=placements[1], donate_argnums=0).trace(state, varied))
+        both = (in_state, rest)
+        traced.append(jax.jit(functions[1], out_shardings=both, donate_argnums=0).trace(state, varied))
         if config.num_evals:
-            traced.append(jax.jit(functions[2], out_shardings=placements[2]).trace(state, varied))
+            traced.append(jax.jit(functions[2], out_shardings=rest).trace(state, varied))
     with progress.phase("compiling"):
         compiled = [program.lower().compile() for program in traced]
+    footprint.report(compiled[1:], schedule, key.size, progress)
     return Programs(compiled[0], compiled[1], compiled[-1], state)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +114,13 @@ def stop_nonfinite(before: TrainState, after: TrainState, metrics: EpochMetrics)
 
 def check_fixed_point(what: str, before: PyTree, after: PyTree) -> None:
     """Raises UserError, naming leaves, where `after` differs from `before` in structure, shape, dtype or weak type."""
+
+    def kind(leaf: Any) -> str:
+        aval = jax.typeof(leaf)  # as it prints itself, less where it is
+        return f"{aval.dtype}[{','.join(map(str, aval.shape))}]{' (weakly typed)' if aval.weak_type else ''}"
+
     leaves = [
-        {jax.tree_util.keystr(path): jax.typeof(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        {jax.tree_util.keystr(path): kind(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (before, after)
     ]
     names = [name for name in leaves[0] | leaves[1] if leaves[0].get(name) != leaves[1].get(name)]

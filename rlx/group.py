@@ -41,6 +41,8 @@ from rlx.types import PyTree
 def check_free(run_dir: str | Path, names: Sequence[str], overwrite: bool) -> None:
     """Raises UserError where `run_dir` holds runs, unless `overwrite`, or anything else."""
     folder = Path(run_dir).absolute()
+    if (folder / "config.json").exists():
+        raise UserError(f"{str(folder)!r} holds a single run; name another folder for many.")
     if not (folder / RUNS).is_file():
         RunDirectory.check_free(folder)
     elif not overwrite:

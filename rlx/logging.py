@@ -112,6 +112,8 @@ class RunDirectory:
         file = folder / "config.json"
         if not file.is_file():
             what = "holds no run (no config.json)" if folder.is_dir() else "does not exist"
+            inside = sorted(path.parent.name for path in folder.glob(f"*/{RUNS}"))
+            what += f"; name one of the folders of runs in it: {', '.join(inside)}" if inside else ""
             raise UserError(f"run directory {str(folder)!r} {what}.")
         try:
             config = json.loads(file.read_text())

@@ -62,7 +62,7 @@ def placement(tree: PyTree, mesh: Mesh, lead: tuple[str | None, ...] = ()) -> Py
 
     `lead` names the axes in front of B: (None,) for runs in one program.
     """
-    whole, split = NamedSharding(mesh, P(*lead)), NamedSharding(mesh, P(*lead, AXIS))
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(*lead, AXIS))
 
     def is_split(node: Any) -> bool:
         return type(node) in _PER_ENV

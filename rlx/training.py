@@ -208,7 +208,16 @@ def train_many(
 
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress)
+        try:
+            programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress)
+        except jax.errors.JAXTypeError as error:
+            if not varied:
+                raise
+            raise UserError(
+                f"{', '.join(f'algo.{name}' for name in varied)} cannot differ between runs of one program: the "
+                "algorithm decides on it in Python (`if`, `float()`, a shape). Floats of a Config may only enter jax's "
+                f"functions. {type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
         if run_dir is not None and not resume:
             directories = group.create(run_dir, descriptions, overwrite)
         stop = stack.enter_context(StopSignal(progress.quiet))

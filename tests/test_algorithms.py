@@ -9,10 +9,12 @@ import inspect
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import envs
 from rlx.algorithm import Algorithm, Plan
 from rlx.algorithms import ALGORITHMS
 from rlx.epoch import TrainState, init_state, make_epoch
@@ -189,3 +191,15 @@ def test_every_setting_is_explained_and_the_file_reads_in_the_agreed_order(name)
         assert field.type in ("float", "int", "bool", "str", "tuple[int, ...]"), field.type
     assert source.index("class Config") < source.index("def check") < source.index("def make")
     assert re.search(r"\d{4}\.\d{4,5}", module.__doc__), "the docstring cites the paper"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_epoch_with_mjx_physics_lowers_for_tpu_and_cuda(name):
+    env, module = envs.make("playground/CartpoleBalance", physics="mjx"), module_of(name)
+    algorithm = module.make(module.Config(), env.spec, PLAN)
+    source = make_source(env, PLAN)
+    epoch = jax.jit(make_epoch(algorithm, source, PLAN, 2), donate_argnums=0)
+    state = jax.eval_shape(lambda key: init_state(algorithm, source, key), jax.random.key(0))
+    exported = jax.export.export(epoch, platforms=("tpu", "cuda"))(state)
+    assert exported.platforms == ("tpu", "cuda")
+    assert "stablehlo.while" in exported.mlir_module()

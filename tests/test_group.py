@@ -90,6 +90,23 @@ def test_what_one_program_cannot_vary_is_refused_by_name():
             many({name: (SMALL, CONFIG)})
 
 
+def test_an_algorithm_that_decides_on_a_swept_number_is_told_so():
+    def make(config, spec, plan):
+        return ppo.make(config if config.entropy_coef > 0.5 else dataclasses.replace(config, num_epochs=1), spec, plan)
+
+    module = types.SimpleNamespace(Config=ppo.Config, make=make, __name__="branching")
+    runs = {str(x): (SMALL, dataclasses.replace(CONFIG, entropy_coef=x)) for x in (0.0, 1.0)}
+    with pytest.raises(UserError, match="algo.entropy_coef cannot differ between runs .* TracerBoolConversionError"):
+        many(runs, module=module)
+
+
+def test_a_folder_with_a_single_run_takes_no_others(tmp_path):
+    train(Counter(5), ppo, SMALL, CONFIG, run_dir=tmp_path / "run", progress=quiet())
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds a single run"):
+            many(seeds(2), tmp_path / "run", overwrite=overwrite)
+
+
 def test_only_what_differs_is_an_argument_of_the_program():
     _, shared, varied = varied_settings(
         {"a": (SMALL, CONFIG), "b": (SMALL, dataclasses.replace(CONFIG, entropy_coef=0.25))}

@@ -18,7 +18,18 @@ BASE = {"rlx.errors", "rlx.types", "rlx.machine"}
 CONTRACT = BASE | {"rlx.environment", "rlx.algorithm"}
 SHARED = {"returns", "replay", "normalize", "distributions", "networks", "statistics", "minibatches", "comparison"}
 DRIVER = {"training", "rollout", "evaluation", "checkpoint", "checkpoint_store", "compilation", "data", "logging"}
-DRIVER |= {"epoch", "schedule", "plotting", "recording", "sharding", "benchmark", "measuring", "group", "sweep"}
+DRIVER |= {
+    "epoch",
+    "footprint",
+    "schedule",
+    "plotting",
+    "recording",
+    "sharding",
+    "benchmark",
+    "measuring",
+    "group",
+    "sweep",
+}
 DRIVER |= {"study", "results", "findings", "documents", "pictures", "report"}
 
 

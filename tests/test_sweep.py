@@ -172,6 +172,8 @@ def test_the_command_trains_what_is_missing_and_reports(tmp_path, capsys, monkey
     status = cli.main([*command, *space])
     assert status == 2 and "is not empty" in capsys.readouterr().err
     assert cli.main(["evaluate", run, "--episodes", "2"]) == 0
+    assert cli.main(["evaluate", "s"]) == 2
+    assert "name one of the folders of runs in it: program-0, program-1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

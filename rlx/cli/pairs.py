@@ -134,7 +134,9 @@ def load_run(run_dir: str | Path, physics: str = "") -> LoadedRun:
     directory = RunDirectory.open(run_dir)
     recorded = directory.config
     if "env_overrides" not in recorded:
-        raise UserError(f"{str(run_dir)!r} was begun from Python: go on there, with rlx.train(..., resume=True).")
+        raise UserError(
+            f"{str(run_dir)!r} was begun from Python: go on there, with resume=True of rlx.train or train_many."
+        )
     pair = recorded_pair(recorded)
     pair = pair._replace(physics=physics or pair.physics)
     warn_of_changes(pair)

@@ -1,0 +1,195 @@
+"""Run by tests/test_sharding.py in a process of eight CPU devices; by hand:
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/eight_devices.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+from rlx import training
+from rlx.algorithms import ALGORITHMS, ppo
+from rlx.compilation import compile_run
+from rlx.epoch import init_state, make_iteration
+from rlx.errors import UserError
+from rlx.footprint import collectives
+from rlx.logging import Progress
+from rlx.rollout import make_source
+from rlx.schedule import TrainConfig, make_schedule
+from rlx.sharding import make_mesh, placement
+from rlx.training import train, train_many
+from tests.test_training import assert_same_state, without_time
+from tests.worlds import Counter
+
+NUM_DEVICES = 8
+SMALL = TrainConfig(
+    total_steps=16 * 8 * 6, num_envs=16, unroll_length=8, iterations_per_epoch=2, num_evals=3, eval_episodes=16
+)
+CONFIG = ppo.Config(actor_hidden=(8,), critic_hidden=(8,), num_epochs=2, num_minibatches=2)
+RECURRENT = dataclasses.replace(CONFIG, recurrent=True, memory_size=8)
+
+
+def quiet():
+    return Progress(quiet=True)
+
+
+def run(num_devices, config=CONFIG, env=None, sizes=SMALL, **keywords):
+    sizes = dataclasses.replace(sizes, num_devices=num_devices)
+    return train(env or Counter(5), ppo, sizes, config, progress=quiet(), **keywords)
+
+
+def assert_close(tree, expected, tolerance=1e-5):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
+        x, y = (jax.random.key_data(z) if jnp.issubdtype(z.dtype, jax.dtypes.prng_key) else z for z in (x, y))
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+def iteration_of(env, module, config, sizes=SMALL):
+    """The compiled program of one iteration on eight devices, its abstract state, and the bytes of the parameters."""
+    plan = make_schedule(env, sizes).plan
+    assert plan.num_devices == NUM_DEVICES
+    algorithm, mesh = module.make(config, env.spec, plan), make_mesh(NUM_DEVICES)
+    source = make_source(env, plan, mesh=mesh)
+    init = lambda key: init_state(algorithm, source, key)  # noqa: E731
+    where = placement(jax.eval_shape(init, jax.random.key(0)), mesh)
+    state = jax.jit(init, out_shardings=where).trace(jax.random.key(0)).out_info
+    program = jax.jit(make_iteration(algorithm, source), out_shardings=(where, None), donate_argnums=0)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.learner.params))
+    return program.lower(state).compile(), state, size
+
+
+SETTINGS = [(name, importlib.import_module(module).Config()) for name, module in ALGORITHMS.items()]
+OTHERS = [("ppo", RECURRENT), ("ppo", dataclasses.replace(CONFIG, gae_per_minibatch=True, adaptive_lr=True))]
+SETTINGS += [pytest.param(*settings, marks=pytest.mark.slow) for settings in OTHERS]
+
+
+@pytest.mark.parametrize(("name", "config"), SETTINGS)
+def test_one_iteration_sends_nothing_larger_than_the_parameters(name, config):
+    sizes = dataclasses.replace(SMALL, num_envs=256, unroll_length=16)  # all experience is larger than that
+    compiled, state, size = iteration_of(Counter(5), importlib.import_module(ALGORITHMS[name]), config, sizes)
+    found = collectives(compiled.as_text())
+    assert any(c.kind == "all-reduce" and c.bytes > size // 8 for c in found), "gradients must be averaged"
+    assert max(c.bytes for c in found) <= size + 64, found  # scalars of metrics may travel with the gradients
+    assert {c.kind for c in found} <= {"all-reduce"}, found
+
+
+def test_the_test_of_collectives_sees_a_permutation_over_a_split_axis():
+    mesh = make_mesh(NUM_DEVICES)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+    shuffle = jax.jit(lambda key, x: jax.random.permutation(key, x), in_shardings=(None, split), out_shardings=split)
+    text = shuffle.lower(jax.random.key(0), jnp.zeros((512, 16))).compile().as_text()
+    assert max(c.bytes for c in collectives(text)) >= 512 * 16 * 4
+
+
+@pytest.mark.parametrize("config", [CONFIG, pytest.param(RECURRENT, marks=pytest.mark.slow)])
+def test_a_run_on_eight_devices_equals_that_on_one(config):
+    eight, one = run(8, config), run(1, config)
+    assert len(eight.state.source.episodes.returns.sharding.device_set) == NUM_DEVICES
+    assert eight.state.source.episodes.returns.addressable_shards[0].data.shape == (2,)
+    assert_close(eight.state, one.state, 1e-4)
+    for row, expected in zip(without_time(eight.history), without_time(one.history), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_learning_curve_of_a_longer_run_is_that_of_one_device():
+    env = envs.make("gymnax/CartPole-v1")
+    sizes = TrainConfig(total_steps=30_000, num_envs=32, unroll_length=32, num_evals=5, eval_episodes=32)
+    config = ppo.Config(learning_rate=1e-3, num_epochs=4, num_minibatches=8)
+    eight, one = (
+        [row["eval/return"] for row in run(n, config, env, sizes).history if "eval/return" in row] for n in (8, 1)
+    )
+    assert one[-1] > 150 > 50 > one[0]
+    np.testing.assert_allclose(eight[:2], one[:2], rtol=0.05)  # then rounding has grown, as between two seeds
+    np.testing.assert_allclose(eight[-1], one[-1], rtol=0.5)
+
+
+@pytest.mark.slow
+def test_native_physics_steps_on_every_device():
+    env = envs.make("playground/CartpoleBalance", physics="mujoco")
+    sizes = dataclasses.replace(SMALL, total_steps=16 * 8 * 2, eval_decisions=10, num_evals=1)
+    eight, one = run(8, env=env, sizes=sizes), run(1, env=env, sizes=sizes)
+    assert_close(eight.state.learner.params, one.state.learner.params, 1e-4)
+    assert_close(eight.state.source.episodes.obs, one.state.source.episodes.obs, 1e-3)
+
+
+def test_the_state_is_donated():
+    env, sizes = Counter(5), SMALL
+    schedule = make_schedule(env, sizes)
+    built = ppo.make(CONFIG, env.spec, schedule.plan)
+    programs = compile_run(env, lambda varied: built, schedule, sizes, jax.random.key(0), {}, None, quiet())
+    state = programs.init(jax.random.key(0), {}, None)
+    programs.epoch(state, {})
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(8, 1), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((1, 8), (8, 8)))]
+)
+def test_a_run_goes_on_on_another_number_of_devices(tmp_path, before, after):
+    stop_at = 16 * 8 * 4
+    run(before, run_dir=tmp_path / "run", on_epoch=lambda row: row["step"] >= stop_at)
+    resumed = run(after, run_dir=tmp_path / "run", resume=True)
+    whole = run(before)
+    if before == after:
+        assert_same_state(resumed.state, whole.state)
+    else:
+        assert_close(resumed.state, whole.state, 1e-4)
+    assert len(resumed.state.source.episodes.returns.sharding.device_set) == after
+
+
+def many(num_runs, split, run_dir=None, **keywords):
+    sizes = dataclasses.replace(SMALL, split=split)
+    runs = {f"seed-{s}": (dataclasses.replace(sizes, seed=s), CONFIG) for s in range(num_runs)}
+    return train_many(Counter(5), ppo, runs, run_dir=run_dir, progress=quiet(), **keywords)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_runs", "split"), [(8, "runs"), (3, "envs")])
+def test_many_runs_on_eight_devices_equal_each_alone_and_resume_bit_for_bit(tmp_path, num_runs, split):
+    whole = many(num_runs, split)
+    many(num_runs, split, tmp_path / "runs", on_epoch=lambda rows: rows["seed-0"]["step"] >= 16 * 8 * 4)
+    resumed = many(num_runs, split, tmp_path / "runs", resume=True)
+    for seed in range(num_runs):
+        assert_same_state(resumed[f"seed-{seed}"].state, whole[f"seed-{seed}"].state)
+    alone = run(1, sizes=dataclasses.replace(SMALL, seed=1))
+    assert_close(whole["seed-1"].state.learner.params, alone.state.learner.params, 1e-4)
+
+
+def test_runs_on_devices_of_their_own_send_nothing():
+    env, sizes = Counter(5), dataclasses.replace(SMALL, split="runs")
+    schedule = make_schedule(env, sizes, 8)
+    assert (schedule.plan.num_devices, schedule.num_run_devices) == (1, 8)
+    built = ppo.make(CONFIG, env.spec, schedule.plan)
+    keys = jax.random.split(jax.random.key(0), 8)
+    programs = compile_run(env, lambda varied: built, schedule, sizes, keys, {}, None, quiet())
+    assert not collectives(programs.epoch.as_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_devices": 9}, "num_devices = 9 .* from 1 to 8"),
+        ({"num_envs": 12}, "num_devices = 8 .* a divisor of num_groups = 4"),
+        ({"split": "runs"}, "num_devices = 8 .* a divisor of the 1 runs"),
+        ({"num_envs": 16, "num_groups": 2}, "num_devices = 8 .* a divisor of num_groups = 2"),
+    ],
+)
+def test_sizes_that_do_not_split_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        make_schedule(Counter(5), dataclasses.replace(SMALL, **change))
+
+
+def test_minibatches_that_would_need_parts_of_a_group_are_refused():
+    env = Counter(5)
+    plan = make_schedule(env, SMALL).plan
+    config = dataclasses.replace(RECURRENT, num_minibatches=4)
+    with pytest.raises(UserError, match="8 devices need whole groups"):
+        training.build_algorithm(ppo, config, env, plan)

@@ -1,0 +1,99 @@
+"""What a compiled program takes: memory and messages, on programs whose answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlx import footprint
+from rlx.algorithms import ppo
+from rlx.errors import UserError
+from rlx.footprint import Collective, collectives, size_of
+from rlx.logging import Progress
+from rlx.machine import available_memory
+from rlx.training import train
+from tests.test_training import SMALL
+from tests.worlds import Counter
+
+MODULE = """
+HloModule jit_f, entry_computation_layout={()->f32[]}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body.1 (arg: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %x = f32[8,4]{1,0} get-tuple-element(%arg), index=1
+  %all-reduce.3 = (f32[8,4]{1,0}, f32[4]{0}) all-reduce(%x, %y), replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %x)
+}
+
+%condition.1 (arg: (s32[], f32[8,4])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%branch.0 (arg: f32[4]) -> f32[4] {
+  ROOT %all-gather-start.1 = bf16[16]{0} all-gather-start(%arg), dimensions={0}
+}
+
+%branch.1 (arg: f32[4]) -> f32[4] {
+  ROOT %same = f32[4]{0} copy(%arg)
+}
+
+ENTRY %main.9 (p: f32[8,4]) -> f32[] {
+  %w = (s32[], f32[8,4]{1,0}) while(%init), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %c = f32[4]{0} conditional(%p, %u, %v), branch_computations={%branch.0, %branch.1}
+  ROOT %r = f32[] reduce(%p, %zero), dimensions={0,1}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_counted_as_often_as_their_loop_runs():
+    assert collectives(MODULE) == [Collective("all-reduce", 144, 5), Collective("all-gather", 32, 1)]
+
+
+def test_a_compiled_program_without_devices_to_talk_to_has_none():
+    assert collectives(jax.jit(lambda x: x.sum()).lower(jnp.ones(8)).compile().as_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [("f32[8,4]{1,0}", 128), ("pred[]", 1), ("(u64[3], bf16[2,2], s32[])", 36), ("f32[0,4]", 0)]
+)
+def test_sizes_of_shapes(shape, size):
+    assert size_of(shape) == size
+
+
+def test_memory_of_a_program_is_its_arguments_and_what_it_makes():
+    compiled = jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x).T).lower(jnp.ones((256, 256))).compile()
+    found = footprint.memory(compiled)
+    assert found.state == 256 * 256 * 4
+    assert found.temporaries >= 256 * 256 * 4
+    donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(jnp.ones((256, 256))).compile()
+    assert footprint.memory(donated).temporaries < 256 * 256 * 4
+
+
+def test_this_machine_says_what_is_free():
+    free = available_memory()
+    assert free is None or 2**20 < free < 2**50
+
+
+def test_a_run_says_where_it_is_and_what_it_takes():
+    stream = io.StringIO()
+    train(Counter(5), ppo, SMALL, progress=Progress(stream=stream))
+    assert "1 device (cpu): 4 environments each, " in stream.getvalue()
+    assert " of state and " in stream.getvalue()
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would(tmp_path, monkeypatch):
+    monkeypatch.setattr(footprint, "device_memory", lambda device: 300_000)
+    sizes = dataclasses.replace(SMALL, num_envs=64)
+    with pytest.raises(
+        UserError, match=r"takes .* which has 0.3 MiB free. What would fit: about num_envs = (8|16|32),"
+    ):
+        train(Counter(5), ppo, sizes, run_dir=tmp_path / "run", progress=Progress(quiet=True))
+    assert not (tmp_path / "run").exists()
