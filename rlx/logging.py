@@ -26,6 +26,7 @@ from rlx.errors import UserError
 FORMAT = 1  # of config.json
 FAILED = "failed.json"  # of a run among many that met a NaN or an infinity: step, error
 OWN_FILES = ("config.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints", "eval.json", "curve.png", FAILED)
+FINISHED = "finished.json"  # in the folder of a sweep's or a study's program, once nothing of it is left to run
 RUNS = "runs.json"  # in a folder of many runs: their names
 PACKAGES = "rlx jax jaxlib flax optax numpy orbax-checkpoint brax mujoco mujoco-mjx playground gymnax".split()
 

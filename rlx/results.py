@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlx.logging import FAILED, RUNS, RunDirectory, read_metrics
+from rlx.logging import FAILED, FINISHED, RUNS, RunDirectory, read_metrics
 from rlx.statistics import iqm_band
-from rlx.study import FINISHED, Program, Reference, Study, run_name
+from rlx.study import Program, Reference, Study, run_name
 
 CLOSE = 0.01  # budgets that differ by this share are the same
 

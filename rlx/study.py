@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from rlx import external
 from rlx.errors import UserError, require, unknown
 
-FINISHED = "finished.json"  # in a program's folder, once nothing of it is left to run
 TRUST = ("high", "medium", "low")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from rlx.logging import FAILED, RUNS, JsonlWriter, RunDirectory
-from rlx.study import FINISHED, Reference, Size, Study, Task, Variant, programs, run_name
+from rlx.logging import FAILED, FINISHED, RUNS, JsonlWriter, RunDirectory
+from rlx.study import Reference, Size, Study, Task, Variant, programs, run_name
 
 ENVS = ("probe/lqr", "probe/memory")
 

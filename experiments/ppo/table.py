@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from rlx.logging import read_metrics, versions
+from rlx.results import minutes_of
 
 SEEDS = (0, 1, 2)
 EPISODES = {"probe/lqr": 16384}  # its returns spread widely: the start decides them
@@ -50,9 +51,8 @@ def measure(env: str, seed: int) -> tuple[int, float, float]:
         rlx("train", "ppo", env, "--seed", seed, "--run-dir", folder)
     rlx("evaluate", folder, "--episodes", EPISODES.get(env, 128), "--seed", 1000)
     evaluation = json.loads((folder / "eval.json").read_text())
-    clock = np.array([row.get("time/elapsed", 0.0) for row in read_metrics(folder / "metrics.jsonl")])
-    elapsed = np.maximum(np.diff(clock, prepend=0.0), 0.0).sum()  # a resumed run's clock starts anew
-    return evaluation["step"], float(np.mean(evaluation["returns"])), float(elapsed) / 60
+    minutes = minutes_of(read_metrics(folder / "metrics.jsonl"))
+    return evaluation["step"], float(np.mean(evaluation["returns"])), minutes
 
 
 def main() -> None:

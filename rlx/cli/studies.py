@@ -26,10 +26,11 @@ from rlx.cli.pairs import (
     warn_of_changes,
     with_overrides,
 )
-from rlx.errors import NonFiniteError, require
-from rlx.logging import RUNS, Progress, RunDirectory, run_directories, write_atomically
+from rlx.cli.programs import failures, finished, train_program
+from rlx.errors import require
+from rlx.logging import RUNS, Progress, RunDirectory, run_directories
 from rlx.machine import commit
-from rlx.study import FINISHED, Program, load, programs, run_name, select
+from rlx.study import Program, load, programs, run_name, select
 
 if TYPE_CHECKING:
     from rlx.findings import Findings
@@ -47,7 +48,7 @@ class Planned(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        return (self.place / FINISHED).is_file()
+        return finished(self.place)
 
     @property
     def begun(self) -> bool:
@@ -175,13 +176,11 @@ def run_all(planned: Sequence[Planned], record: Mapping[str, Any], quiet: bool, 
         if stop.requested:
             print(f"stopped; go on with: {record['command']}")
             return 130
-    return int(any(json.loads((one.place / FINISHED).read_text())["failed"] for one in planned))
+    return int(any(failures(one.place) for one in planned))
 
 
 def run_program(one: Planned, record: Mapping[str, Any], quiet: bool, stop: StopSignal) -> None:
     """Begins or goes on with one program; finished.json names the runs that met a NaN or an infinity."""
-    from rlx.training import train_many
-
     pair = one.pair
     begun = [path for path in run_directories(one.place) if (path / "config.json").is_file()] if one.begun else []
     if begun:
@@ -195,22 +194,4 @@ def run_program(one: Planned, record: Mapping[str, Any], quiet: bool, stop: Stop
         name: {**describe(pair), **record, "settings": {**entries, "seed": {"value": own.seed, "from": "study"}}}
         for name, (own, _) in one.runs.items()
     }
-    failed = {}
-    try:
-        done = train_many(
-            env,
-            load_algorithm(pair),
-            one.runs,
-            run_dir=one.place,
-            records=records,
-            resume=one.begun,
-            on_epoch=lambda rows: stop.requested,  # a signal that came while this was compiled
-            progress=Progress(quiet=quiet),
-        )
-        failed = {name: run.error for name, run in done.items() if run.error}
-        stop.requested |= (interrupted := any(run.interrupted for run in done.values()))
-        if interrupted:
-            return
-    except NonFiniteError as error:  # all runs of this program; other programs may fare better
-        failed = dict.fromkeys(one.runs, str(error))
-    write_atomically(one.place / FINISHED, json.dumps({"failed": failed}) + "\n")
+    train_program(one.place, env, load_algorithm(pair), one.runs, records, stop, quiet)

@@ -26,8 +26,9 @@ from rlx.cli.pairs import (
     warn_of_changes,
     with_overrides,
 )
-from rlx.errors import NonFiniteError, require
-from rlx.logging import FAILED, RUNS, Progress, RunDirectory, read_metrics, write_atomically
+from rlx.cli.programs import failures, finished, train_program
+from rlx.errors import require
+from rlx.logging import FAILED, Progress, RunDirectory, read_metrics, write_atomically
 
 FILE = "sweep.json"
 
@@ -151,38 +152,21 @@ def go_on(folder: Path, shown: Progress) -> int:
     content = json.loads((folder / FILE).read_text())
     algorithm = load_algorithm(recorded_pair(content["programs"][0]["pair"]))
     shown.close()  # each program has a bar of its own
-    failed = False
+    places = [folder / program["name"] for program in content["programs"]]
     with StopSignal(shown.quiet) as stop:
-        for program in content["programs"]:
-            if not stop.requested:
-                say(shown.quiet, f"{program['name']}: {len(program['runs'])} runs")
-                try:
-                    done = run_program(folder, content, program, algorithm, Progress(quiet=shown.quiet))
-                    failed |= any(run.error for run in done.values())
-                    stop.requested |= any(run.interrupted for run in done.values())
-                except NonFiniteError as error:  # of all runs of this program; the others may fare better
-                    say(False, f"{program['name']}: {error}")
-                    failed = True
+        for program, place in zip(content["programs"], places, strict=True):
+            if finished(place) or stop.requested:
+                continue
+            say(shown.quiet, f"{program['name']}: {len(program['runs'])} runs")
+            pair, runs = of_program(program, algorithm)
+            warn_of_changes(pair)
+            records = {name: {**describe(pair), "command": content["command"]} for name in runs}
+            train_program(place, load_env(pair), algorithm, runs, records, stop, shown.quiet)
         if stop.requested:
             print(f"stopped; go on with: rlx resume {folder}")
             return 130
     report(folder, content)
-    return int(failed)
-
-
-def run_program(
-    folder: Path, content: Mapping[str, Any], program: Mapping[str, Any], algorithm: Any, progress: Progress
-) -> dict[str, Any]:
-    """Begins or goes on with one program. Warns where files of the pair have changed."""
-    from rlx.training import train_many
-
-    pair, runs = of_program(program, algorithm)
-    warn_of_changes(pair)
-    env = load_env(pair)
-    records = {name: {**describe(pair), "command": content["command"]} for name in runs}
-    place = folder / program["name"]
-    begun = (place / RUNS).exists()
-    return train_many(env, algorithm, runs, run_dir=place, records=records, resume=begun, progress=progress)
+    return int(any(failures(place) for place in places))
 
 
 def report(folder: Path, content: Mapping[str, Any]) -> None:

@@ -1,0 +1,50 @@
+"""One program of a sweep or a study: begun, gone on with, or found finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlx.errors import NonFiniteError
+from rlx.logging import FINISHED, RUNS, Progress, write_atomically
+
+if TYPE_CHECKING:
+    from rlx.recording import StopSignal
+
+
+def finished(place: Path) -> bool:
+    """Whether nothing is left to do in the folder of a program."""
+    return (place / FINISHED).is_file()
+
+
+def failures(place: Path) -> dict[str, str]:
+    """Of a finished program: run -> the error that stopped it."""
+    return json.loads((place / FINISHED).read_text())["failed"]
+
+
+def train_program(
+    place: Path,
+    env: Any,
+    algorithm: Any,
+    runs: Mapping[str, tuple[Any, Any]],
+    records: Mapping[str, Mapping[str, Any]],
+    stop: StopSignal,
+    quiet: bool,
+) -> None:
+    """Trains `runs` (`rlx.training.train_many`) to their end, or until `stop` is requested, which it also notes."""
+    from rlx.training import train_many
+
+    keywords: dict[str, Any] = {"run_dir": place, "records": records, "resume": (place / RUNS).is_file()}
+    keywords["on_epoch"] = lambda rows: stop.requested  # a signal that came while this was compiled
+    try:
+        done = train_many(env, algorithm, runs, progress=Progress(quiet=quiet), **keywords)
+        failed = {name: run.error for name, run in done.items() if run.error}
+        interrupted = any(run.interrupted for run in done.values())
+        stop.requested |= interrupted
+        if interrupted:
+            return
+    except NonFiniteError as error:  # all runs of this program; other programs may fare better
+        failed = dict.fromkeys(runs, str(error))
+    write_atomically(place / FINISHED, json.dumps({"failed": failed}) + "\n")
