@@ -63,8 +63,7 @@ def test_seeds_together_equal_each_alone():
 
 
 def test_settings_together_equal_each_alone():
-    rates = {"fast": 1e-2, "slow": 1e-4, "none": 3e-4}
-    runs = {name: (SMALL, dataclasses.replace(CONFIG, learning_rate=rate)) for name, rate in rates.items()}
+    runs = {"fast": (SMALL, dataclasses.replace(CONFIG, learning_rate=1e-2))}
     runs["short"] = (SMALL, dataclasses.replace(CONFIG, gamma=0.5, max_grad_norm=0.1))
     check_like_alone(runs, Counter(5))
 

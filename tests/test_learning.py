@@ -92,6 +92,7 @@ def test_every_algorithm_finds_the_best_discrete_action(name, world):
     assert run.history[-1]["eval/return"] == 1.0
 
 
+@pytest.mark.slow
 def test_memory_solves_what_a_feedforward_policy_cannot():
     """The cue is seen in the first observation alone, the answer is paid at the end: chance is 0, the best 1."""
     longer = dataclasses.replace(TRAIN, total_steps=64 * 16 * 150)

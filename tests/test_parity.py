@@ -176,7 +176,7 @@ def test_the_finger_is_paid_at_some_of_the_targets_that_it_is_given():
     assert rewards.max() == 1.0 and rewards.min() == 0.0
 
 
-@pytest.mark.parametrize("engine", ["mujoco", "mjx"])
+@pytest.mark.parametrize("engine", ["mujoco", pytest.param("mjx", marks=pytest.mark.slow)])
 def test_an_environment_that_diverges_is_truncated_where_it_was_and_the_others_never_notice(engine):
     env = envs.make("playground/PendulumSwingup", physics=engine)
     keys = jax.random.split(jax.random.key(0), 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,7 +210,8 @@ def test_lqr_optimum_of_two_steps_is_the_one_worked_out_by_hand():
     np.testing.assert_allclose(expected, -(free - saved), rtol=1e-12)
 
 
-def simulate(env, gains, episodes=20_000):
+@functools.partial(jax.jit, static_argnums=0)
+def simulate(env, gains):
     """Mean return and share of saturated actions of u = -K_t x, K [T, 2]."""
 
     def one(key):
@@ -224,8 +227,8 @@ def simulate(env, gains, episodes=20_000):
         _, (reward, saturated) = jax.lax.scan(step, state, (gains, jax.random.split(step_key, env.length)))
         return reward.sum(), saturated.mean()
 
-    returns, saturated = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), episodes))
-    return float(returns.mean()), float(saturated.mean())
+    returns, saturated = jax.vmap(one)(jax.random.split(jax.random.key(0), 20_000))
+    return returns.mean(), saturated.mean()
 
 
 def test_lqr_optimum_is_what_its_gains_earn_and_better_than_other_gains():

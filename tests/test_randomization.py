@@ -275,6 +275,7 @@ def test_settings_that_do_not_go_together_are_refused(overrides, message):
         envs.make("brax/inverted_pendulum", **overrides)
 
 
+@pytest.mark.slow
 def test_training_goes_on_under_fresh_draws():
     env = envs.make("playground/PointMass", "mujoco", randomize=any_mass, episode_length=8)
     config = TrainConfig(total_steps=2 * 8 * 8, num_envs=8, unroll_length=8, num_evals=1, eval_episodes=4)
