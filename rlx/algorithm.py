@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     num_iterations: int  # collect-and-update rounds in the whole run
     action_repeat: int = 1  # inner steps per decision
     num_groups: int = 1  # groups of neighbouring environments; experience is shuffled and sampled within each
-    num_devices: int = 1  # over which environments are split, in whole groups; results do not depend on it
+    num_devices: int = 1  # over which environments are split, in whole groups; it decides nothing but rounding
 
     @property
     def steps_per_iteration(self) -> int:

@@ -144,11 +144,11 @@ class Sweep(NamedTuple):
 def check(options: Options, sweep: Sweep) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     from rlx.measuring import make_algorithm
-    from rlx.schedule import make_schedule
+    from rlx.schedule import make_schedule, one_device
 
     for case in sweep.cases(options):
         env = sweep.envs[case.physics]
-        make_algorithm(sweep.target, case, env, make_schedule(env, case.train).plan)
+        make_algorithm(sweep.target, case, env, make_schedule(env, one_device(case.train)).plan)
 
 
 def measure(options: Options, sweep: Sweep, progress: Progress) -> dict[str, Any]:

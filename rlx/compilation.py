@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlx import footprint
@@ -73,20 +73,16 @@ def compile_run(
             jax.vmap(epoch, (of_state, 0), (of_state, 0)),
             jax.vmap(evaluate, (of_state, 0)),
         )
-    in_state = rest = None  # where the state is, and what else the programs give
-    if runs_mesh:  # every device trains some of the runs, and none hears of the others
-        one, of_state = P(AXIS), of_runs(P(AXIS), P())
-        specs = [((one, one, P()), of_state), ((of_state, one), (of_state, one)), ((of_state, one), one)]
-        functions = tuple(
-            jax.shard_map(function, mesh=runs_mesh, in_specs=given, out_specs=gives, check_vma=False)
-            for function, (given, gives) in zip(functions, specs, strict=True)
-        )
-        rest = NamedSharding(runs_mesh, P(AXIS))
-        in_state = of_runs(rest, NamedSharding(runs_mesh, P()))
-    elif mesh:
-        rest = NamedSharding(mesh, P())
-        in_state = placement(jax.eval_shape(functions[0], key, varied, policy), mesh, (None,) * key.ndim)
+    if runs_mesh:
+        functions = over_devices(functions, runs_mesh)
     with progress.phase("tracing"):
+        in_state = rest = None  # where the state is, and where everything else that the programs give
+        if runs_mesh:
+            rest = NamedSharding(runs_mesh, P(AXIS))
+            in_state = of_runs(rest, NamedSharding(runs_mesh, P()))
+        elif mesh:
+            rest = NamedSharding(mesh, P())
+            in_state = placement(jax.eval_shape(functions[0], key, varied, policy), mesh, (None,) * key.ndim)
         traced = [jax.jit(functions[0], out_shardings=in_state).trace(key, varied, policy)]
         state = traced[0].out_info
         both = (in_state, rest)
@@ -95,8 +91,18 @@ def compile_run(
             traced.append(jax.jit(functions[2], out_shardings=rest).trace(state, varied))
     with progress.phase("compiling"):
         compiled = [program.lower().compile() for program in traced]
-    footprint.report(compiled[1:], schedule, key.size, progress)
+    footprint.report(compiled[1], compiled[-1], state, schedule, key.size, progress)
     return Programs(compiled[0], compiled[1], compiled[-1], state)
+
+
+def over_devices(functions: tuple[Any, Any, Any], mesh: Mesh) -> tuple[Any, ...]:
+    """Those of many runs, so that every device trains some of the runs and none hears of the others."""
+    one, of_state = P(AXIS), of_runs(P(AXIS), P())
+    specs = [((one, one, P()), of_state), ((of_state, one), (of_state, one)), ((of_state, one), one)]
+    return tuple(
+        jax.shard_map(function, mesh=mesh, in_specs=given, out_specs=gives, check_vma=False)
+        for function, (given, gives) in zip(functions, specs, strict=True)
+    )
 
 
 def of_runs(each: Any, shared: Any) -> Any:

@@ -13,7 +13,7 @@ from rlx.algorithm import Algorithm, Key, Mode, Policy
 from rlx.environment import Environment
 from rlx.errors import require
 from rlx.rollout import inner_steps, team_reward, where_done
-from rlx.sharding import on_all, on_parts
+from rlx.sharding import on_parts
 
 
 class EvalResult(NamedTuple):
@@ -34,7 +34,7 @@ def make_evaluate(
     """A pure function (policy, key) -> EvalResult. The same key gives the same episodes' starts and noise.
 
     An episode without an ending is cut at `max_decisions`; 0 takes the environment's time limit. With a `mesh` episodes
-    are split over its devices; where they do not divide, each device plays all of them.
+    are split over its devices, and are those of one device.
 
     Raises:
         UserError: the environment has no time limit and `max_decisions` is 0.
@@ -46,9 +46,10 @@ def make_evaluate(
         max_decisions,
         "at least 1, for the environment has no time limit",
     )
-    over_devices = on_parts if mesh is None or num_episodes % mesh.size == 0 else on_all
-    reset_envs = over_devices(jax.vmap(lambda key: env.reset(key, env.spec.params)), mesh)
-    step_envs = over_devices(jax.vmap(env.step), mesh)
+    reset_envs = on_parts(jax.vmap(lambda key: env.reset(key, env.spec.params)), mesh)
+    step_envs = on_parts(jax.vmap(env.step), mesh)
+    asked = num_episodes
+    num_episodes += -asked % (mesh.size if mesh else 1)  # as many on every device; what was not asked for is left out
     decisions = max_decisions or -(-(limit or 0) // env.spec.action_repeat)
 
     def evaluate(policy: Policy, key: Key) -> EvalResult:
@@ -73,6 +74,6 @@ def make_evaluate(
             return t + 1, env_state, obs, memory, ended | timestep.terminated | timestep.truncated, returns, lengths
 
         *_, returns, lengths = jax.lax.while_loop(running, step, start)
-        return EvalResult(returns, lengths)
+        return EvalResult(returns[:asked], lengths[:asked])
 
     return evaluate

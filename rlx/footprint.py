@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from rlx.errors import UserError
 from rlx.logging import Progress
 from rlx.machine import available_memory
 from rlx.schedule import Schedule
+from rlx.sharding import bytes_per_env
 
 
 class Memory(NamedTuple):
@@ -26,48 +27,60 @@ class Memory(NamedTuple):
         return self.state + self.temporaries
 
 
-def memory(compiled: Any) -> Memory:
-    """Of a program that `jax.jit(...).lower(...).compile()` gave."""
+def memory(compiled: Any) -> Memory | None:
+    """Of a program that `jax.jit(...).lower(...).compile()` gave; None where the backend does not say."""
     found = compiled.memory_analysis()
+    if found is None:
+        return None
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes + max(fresh, 0))
 
 
-def device_memory(device: jax.Device) -> int | None:
-    """Bytes free on a device, None if it does not say. CPU devices share what the machine has."""
+def free_memory(num_devices: int) -> int | None:
+    """Bytes free on each of `num_devices` devices, None if they do not say. CPU devices share the machine's."""
+    device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
     free = available_memory() if device.platform == "cpu" else None
-    return free // jax.local_device_count() if free else None
+    return free // num_devices if free else None
 
 
 def mib(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def report(programs: Sequence[Any], schedule: Schedule, num_runs: int, progress: Progress) -> None:
+def report(epoch: Any, evaluate: Any, state: Any, schedule: Schedule, num_runs: int, progress: Progress) -> None:
     """Says where a run is to be and what its programs take there, before anything of it is.
 
-    Raises UserError, with what would fit, where that is more than a device has.
+    `state`: its shapes. Raises UserError, with what would fit, where that is more than a device has.
     """
-    plan, free = schedule.plan, device_memory(jax.local_devices()[0])
-    needed = max(map(memory, programs), key=lambda memory: memory.total)
-    devices = plan.num_devices * schedule.num_run_devices
-    where = f"{devices} device{'s' if devices > 1 else ''} ({jax.devices()[0].device_kind})"
+    plan, free = schedule.plan, free_memory(schedule.num_devices)
+    found = [memory(program) for program in (epoch, evaluate)]
+    devices = f"{schedule.num_devices} device{'s' if schedule.num_devices > 1 else ''}"
+    unused = len(jax.devices()) - schedule.num_devices
+    where = f"{devices} ({jax.devices()[0].device_kind}{f'; {unused} more are not used' if unused else ''})"
     what = f"{plan.num_envs // plan.num_devices:,} environments each"
     if num_runs > 1:
         what = f"{num_runs // schedule.num_run_devices} runs of {what}"
+    if found[0] is None or found[1] is None:
+        progress.message(f"{where}: {what}; it does not say what they take")
+        return
+    needed = Memory(found[0].state, max(found[0].temporaries, found[1].temporaries))  # the state stays all the time
     of = f" of {mib(free)} free" if free else ""
     takes = f"{mib(needed.state)} of state and {mib(needed.temporaries)} of temporaries"
     progress.message(f"{where}: {what}, {takes}{of}")
     if free and needed.total > free:
-        fit = plan.num_envs * free // needed.total  # nearly all of it grows with the environments
-        advice = [f"about num_envs = {2 ** int(math.log2(fit))}" if fit else "shorter unrolls or smaller networks"]
-        advice += ["fewer runs in one program"] if num_runs > 1 else []
+        share = max(schedule.num_devices, 1)
+        fixed = needed.state - bytes_per_env(state) // share  # parameters, the pool: whatever the environments
+        fit = plan.num_envs * (free - fixed) // max(needed.total - fixed, 1)
+        power = 2 ** int(math.log2(fit)) if fit >= plan.num_devices else 0
+        advice = [f"about num_envs = {power}"] if power else ["fewer environments, shorter unrolls, smaller networks"]
+        advice += ["fewer runs in one program"] if num_runs > schedule.num_run_devices else []
+        advice += ["more of the devices (num_devices)"] if unused else []
         raise UserError(
-            f"the run takes {mib(needed.total)} on each device, which has {mib(free)} free. What would fit: "
-            f"{', '.join(advice)}, or more devices (num_devices)."
+            f"the run takes {mib(needed.total)} on each device, which has {mib(free)} free. What would help: "
+            f"{', '.join(advice)}."
         )
 
 
@@ -79,20 +92,23 @@ class Collective(NamedTuple):
     times: int  # that one call of the program runs it
 
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+OPERANDS_FIRST = ("all-gather-start", "collective-permute-start")  # what these give holds their operands too
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}  # the others have four bytes
+SIZES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0}
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
+_SHAPE = re.compile(r"\b([a-z]+[a-z0-9]*)\[([0-9,]*)\]")
 
 
 def collectives(text: str) -> list[Collective]:
     """Those of an optimised HLO module (`compiled.as_text()`), the largest first.
 
     The body of a loop counts as often as it runs; once where the compiler does not know. Both branches of a condition
-    count.
+    count. Raises ValueError for a text that is no such module.
     """
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -103,6 +119,8 @@ def collectives(text: str) -> list[Collective]:
             entry = header[1] if line.startswith("ENTRY") else entry
         else:
             lines.append(line)
+    if not entry:
+        raise ValueError("the text has no ENTRY computation: it is no HLO module.")
 
     def visit(name: str, times: int) -> Iterator[Collective]:
         for line in computations.get(name, ()):
@@ -111,7 +129,7 @@ def collectives(text: str) -> list[Collective]:
                 continue
             kind = found[2].removesuffix("-start")
             if kind in KINDS:
-                yield Collective(kind, size_of(found[1]), times)
+                yield Collective(kind, size_of(found[1], found[2] in OPERANDS_FIRST), times)
                 continue
             trips = _TRIPS.search(line) if kind == "while" else None
             inside = times * int(trips[1]) if trips else times
@@ -123,7 +141,12 @@ def collectives(text: str) -> list[Collective]:
     return sorted(visit(entry, 1), key=lambda c: -c.bytes)
 
 
-def size_of(shape: str) -> int:
-    """Bytes of an HLO shape such as `(f32[8,4]{1,0}, pred[])`."""
-    found = re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", shape)
-    return sum(SIZES.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes in found)
+def size_of(shape: str, results_alone: bool = False) -> int:
+    """Bytes of an HLO shape such as `(f32[8,4]{1,0}, pred[])`; of its second half alone where operands come first."""
+    found = _SHAPE.findall(shape)
+    if results_alone:
+        found = [part for part in found if part != ("u32", "")]  # contexts
+        found = found[len(found) // 2 :]
+    sizes = (math.prod(int(n) for n in size.split(",") if n) for _, size in found)
+    widths = (SIZES.get(kind, 1 if kind.startswith("f8") else 4) for kind, _ in found)
+    return sum(size * width for size, width in zip(sizes, widths, strict=True))

@@ -1,5 +1,7 @@
 """Speed, compile time and memory of one program: an environment alone, or whole training. `rlx.benchmark` compares.
 
+On one device, whatever there are.
+
 The environment alone takes random actions through the source that training uses, auto reset included. A run refreshes
 its reset pool once an epoch, a fiftieth of the run (`rlx.schedule.make_schedule`): more steps than a slow engine takes
 in many seconds. So every timed block is one refresh and, timed apart, as many iterations as last a second, and
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import importlib
 import math
@@ -33,7 +34,7 @@ from rlx.algorithm import Algorithm, Plan
 from rlx.environment import Environment, random_action
 from rlx.epoch import init_state, make_epoch
 from rlx.rollout import make_source
-from rlx.schedule import TrainConfig, make_schedule
+from rlx.schedule import TrainConfig, make_schedule, one_device
 from rlx.training import build_algorithm
 
 BLOCK_SECONDS = 1.0  # a timed block lasts at least this long
@@ -88,7 +89,7 @@ class Running:
     """A compiled program and its state. Raises UserError for settings that cannot work."""
 
     def __init__(self, target: Target, case: Case, env: Environment):
-        schedule = make_schedule(env, dataclasses.replace(case.train, num_devices=1))
+        schedule = make_schedule(env, one_device(case.train))
         plan = schedule.plan._replace(num_iterations=2**30)  # it is never over
         source = make_source(env, plan, case.train.reset, case.train.reset_pool_size, case.train.stagger)
         algorithm = make_algorithm(target, case, env, plan)

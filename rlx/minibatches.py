@@ -93,5 +93,8 @@ def check_minibatches(plan: Plan, num_minibatches: int, segments: bool = False) 
     allowed = f"{what} = {size} must be divisible by it"
     require(size % num_minibatches == 0, "algo.num_minibatches", num_minibatches, allowed)
     groups = shuffle_groups(plan.num_groups, num_envs, plan.unroll_length, num_minibatches, segments)
-    allowed = f"{plan.num_devices} devices need whole groups, and num_groups = {plan.num_groups} makes {groups}"
+    allowed = (
+        f"{plan.num_devices} devices need whole groups, and of num_groups = {plan.num_groups} it leaves {groups}; "
+        f"fewer minibatches, more environments or num_devices = {math.gcd(groups, plan.num_devices)} would do"
+    )
     require(groups % plan.num_devices == 0, "algo.num_minibatches", num_minibatches, allowed)

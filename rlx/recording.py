@@ -32,6 +32,7 @@ from rlx.logging import (
 )
 from rlx.machine import usable_cores
 from rlx.plotting import plot
+from rlx.schedule import Schedule
 
 
 class StopSignal:
@@ -193,9 +194,7 @@ class Recorder:
         return iteration * self._steps_per_iteration
 
 
-def describe(
-    algorithm: Any, env: Environment, train_config: Any, config: Any, schedule: Mapping[str, int]
-) -> dict[str, Any]:
+def describe(algorithm: Any, env: Environment, train_config: Any, config: Any, schedule: Schedule) -> dict[str, Any]:
     """What config.json holds of a run that is begun from Python; the command line adds what builds it again."""
     return {
         "algorithm": getattr(algorithm, "__name__", type(algorithm).__name__).rpartition(".")[2],
@@ -203,10 +202,11 @@ def describe(
         "physics": env.spec.physics,
         "train": dataclasses.asdict(train_config),
         "algo": dataclasses.asdict(config),
-        "plan": dict(schedule),
+        "plan": schedule.describe(),
         "machine": {
             "platform": jax.default_backend(),
             "devices": [device.device_kind for device in jax.devices()],
+            "devices_used": schedule.num_devices,
             "cores": usable_cores(),
             "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
         },
@@ -221,10 +221,17 @@ def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -
         require(was == given[name], name, given[name], f"the run to resume is of {was!r}")
     for part in ("train", "algo", "plan"):
         for name, value in given[part].items():
-            if name in ("num_devices", "split"):
+            if part == "train" and name in ("num_devices", "split"):
                 continue  # they decide roundings, and may have to be others
             old = recorded.get(part, {}).get(name, value)
             require(old == value, f"{part}.{name}", value, f"the run to resume was begun with {old!r}")
+
+
+def say_other_devices(recorded: Mapping[str, Any], given: Mapping[str, Any], progress: Progress) -> None:
+    """One line where a run goes on on another number of devices."""
+    was, now = (entry["machine"].get("devices_used", 1) for entry in (recorded, given))
+    if was != now:
+        progress.message(f"begun on {was} devices, goes on on {now}: results may differ in their last digits")
 
 
 def open_checkpoints(directory: RunDirectory, keep: int) -> Checkpointer:

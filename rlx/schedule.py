@@ -1,4 +1,4 @@
-"""The sizes of a run and when its driver visits the host: pure functions of its settings."""
+"""The sizes of a run, over how many devices it is split, and when its driver visits the host."""
 
 from __future__ import annotations
 
@@ -28,10 +28,8 @@ class TrainConfig:
     eval_decisions: int = 0  # cut of an episode without an ending; 0: the environment's time limit
     reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of drawn states, or anew
     reset_pool_size: int = 128  # states in that pool, a quarter of which is drawn anew once an epoch
-    num_groups: int = (
-        0  # environments are shuffled in so many groups; a device holds whole ones. 0: up to 32, a power of 2
-    )
-    num_devices: int = 0  # over which environments, or the runs of one program, are split; 0: all that there are
+    num_groups: int = 0  # of environments, each shuffled by itself, whole on a device; 0: a power of 2 up to 32
+    num_devices: int = 0  # over which environments, or the runs of one program, are split; 0: as many as divide them
     split: Literal["auto", "envs", "runs"] = "auto"  # what is split; auto: runs where they divide by the devices
     stagger: bool = True  # cut first episodes at random, so that environments do not start all later ones together
     num_checkpoints: int = 10  # saves, evenly spaced, the last at the end
@@ -44,6 +42,10 @@ class Schedule(NamedTuple):
     plan: Plan
     iterations_per_epoch: int
     num_run_devices: int = 1  # over which the runs of one program are split
+
+    @property
+    def num_devices(self) -> int:
+        return self.plan.num_devices * self.num_run_devices
 
     @property
     def num_epochs(self) -> int:
@@ -89,13 +91,32 @@ def make_schedule(env: Environment, config: TrainConfig, num_runs: int = 1) -> S
 
 
 def split_devices(config: TrainConfig, num_groups: int, num_runs: int) -> tuple[int, int]:
-    """Over how many devices environments are split, and runs. Raises UserError where they do not divide."""
+    """Over how many devices environments are split, and runs: of `num_devices` = 0, as many as divide them.
+
+    Raises UserError for a number that does not divide them.
+    """
     found = len(jax.devices())
-    devices = config.num_devices or found
-    require(0 < devices <= found, "num_devices", config.num_devices, f"from 1 to {found}, or 0 for all of them")
+    wanted = config.num_devices
+    require(jax.process_count() == 1, "processes", jax.process_count(), "1: several hosts are not supported yet")
+    require(0 <= wanted <= found, "num_devices", wanted, f"from 1 to {found}, or 0 for as many as can be used")
     require(config.split in ("auto", "envs", "runs"), "split", config.split, "auto, envs or runs")
+    devices = wanted or found
     if config.split == "runs" or (config.split == "auto" and num_runs > 1 and num_runs % devices == 0):
-        require(num_runs % devices == 0, "num_devices", devices, f"a divisor of the {num_runs} runs to split")
-        return 1, devices
-    require(num_groups % devices == 0, "num_devices", devices, f"a divisor of num_groups = {num_groups} to split")
-    return devices, 1
+        if not wanted:
+            return 1, largest_divisor(num_runs, found)
+        require(num_runs % wanted == 0, "num_devices", wanted, f"a divisor of the {num_runs} runs to split")
+        return 1, wanted
+    if not wanted:
+        return largest_divisor(num_groups, found), 1
+    allowed = f"a divisor of num_groups = {num_groups}, the groups of environments to split"
+    require(num_groups % wanted == 0, "num_devices", wanted, allowed)
+    return wanted, 1
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    return max(divisor for divisor in range(1, at_most + 1) if number % divisor == 0)
+
+
+def one_device(config: TrainConfig) -> TrainConfig:
+    """The same run where nothing is to be split: its sizes for an evaluation or a benchmark."""
+    return dataclasses.replace(config, num_devices=1, split="envs")

@@ -1,10 +1,10 @@
-"""One mesh over all devices: environments are split over it, everything else is on each of them.
+"""One mesh over devices: environments are split over it, everything else is on each of them.
 
 Only environments step under `shard_map`: a host callback under plainly sharded `jit` would run on one device, with
 everybody's states gathered there. What learners compute from a trajectory [T, B, ...] split along B is left to the
-partitioner, so they carry no axis names: a mean over B becomes a mean over all devices, exact, and gradients are summed
-where they leave the loss. Random numbers are those of one device (`jax_threefry_partitionable`), so that a run differs
-from that on one device by rounding alone.
+partitioner, so they carry no axis names: a mean over B becomes a mean over all devices, and gradients are summed where
+they leave the loss. Random numbers are those of one device (JAX's default generator promises it), so that a run differs
+from that on one device by rounding, which learning amplifies.
 """
 
 from __future__ import annotations
@@ -16,16 +16,25 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlx.errors import require
 from rlx.types import PyTree
 
 AXIS = "devices"
-T = TypeVar("T")
+Kind = TypeVar("Kind", bound=type)
 _PER_ENV: set[type] = set()
 
 
 def make_mesh(num_devices: int) -> Mesh | None:
-    """A mesh over the first `num_devices` devices; None for one, where nothing is to be split."""
-    return None if num_devices == 1 else Mesh(jax.devices()[:num_devices], AXIS)
+    """A mesh over the first `num_devices` devices; None for one, where nothing is to be split.
+
+    Raises UserError where random numbers would depend on how many there are.
+    """
+    if num_devices == 1:
+        return None
+    values = jax.config.values
+    generator = values["jax_default_prng_impl"] if values["jax_threefry_partitionable"] else "not partitionable"
+    require(generator == "threefry2x32", "jax_default_prng_impl", generator, "threefry2x32, jax_threefry_partitionable")
+    return Mesh(jax.devices()[:num_devices], AXIS)
 
 
 def on_parts(function: Callable[..., Any], mesh: Mesh | None, num_shared: int = 0) -> Callable[..., Any]:
@@ -45,16 +54,26 @@ def on_parts(function: Callable[..., Any], mesh: Mesh | None, num_shared: int = 
 
 
 def on_all(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`function`, called on every device with the whole arguments."""
+    """`function`, called on every device with the whole arguments: each does all of the work, and nothing is sent."""
     if mesh is None:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
 
 
-def per_env(kind: type[T]) -> type[T]:
-    """Decorates a class of states whose leaves are [B, ...]: `placement` splits them."""
+def per_env(kind: Kind) -> Kind:
+    """Decorates a class of states whose leaves are all [B, ...]: they are split; what is in no such class is not."""
     _PER_ENV.add(kind)
     return kind
+
+
+def _is_per_env(node: Any) -> bool:
+    return type(node) in _PER_ENV
+
+
+def bytes_per_env(tree: PyTree) -> int:
+    """Of all leaves in `per_env` classes, on all devices together."""
+    parts = [node for node in jax.tree.leaves(tree, is_leaf=_is_per_env) if _is_per_env(node)]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
 
 
 def placement(tree: PyTree, mesh: Mesh, lead: tuple[str | None, ...] = ()) -> PyTree:
@@ -64,7 +83,7 @@ def placement(tree: PyTree, mesh: Mesh, lead: tuple[str | None, ...] = ()) -> Py
     """
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(*lead, AXIS))
 
-    def is_split(node: Any) -> bool:
-        return type(node) in _PER_ENV
+    def of_node(node: Any) -> PyTree:
+        return jax.tree.map(lambda _: split, node) if _is_per_env(node) else whole
 
-    return jax.tree.map(lambda n: jax.tree.map(lambda _: split, n) if is_split(n) else whole, tree, is_leaf=is_split)
+    return jax.tree.map(of_node, tree, is_leaf=_is_per_env)

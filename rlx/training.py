@@ -19,8 +19,16 @@ from rlx.environment import Environment
 from rlx.epoch import EpochMetrics, TrainState
 from rlx.errors import UserError, require
 from rlx.logging import Progress, RunDirectory, Writer
-from rlx.recording import Recorder, StopSignal, check_same_settings, describe, draw_curve, open_checkpoints
-from rlx.schedule import Schedule, TrainConfig, make_schedule
+from rlx.recording import (
+    Recorder,
+    StopSignal,
+    check_same_settings,
+    describe,
+    draw_curve,
+    open_checkpoints,
+    say_other_devices,
+)
+from rlx.schedule import Schedule, TrainConfig, make_schedule, one_device
 
 
 class Run(NamedTuple):
@@ -113,15 +121,16 @@ def train(
     plan = schedule.plan
     built = build_algorithm(algorithm, config, env, plan)
     check_policy(built, init_policy)
+    init_policy = jax.device_get(init_policy)  # it may lie on other devices than this run will
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the run")
     progress = progress or Progress()
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
-    schedule_entry = schedule.describe()
-    description = describe(algorithm, env, train_config, config, schedule_entry) | dict(record or {})
+    description = describe(algorithm, env, train_config, config, schedule) | dict(record or {})
     directory = None
     if run_dir is not None and resume:
         directory = RunDirectory.open(run_dir)
         check_same_settings(directory.config, description)
+        say_other_devices(directory.config, description, progress)
     elif run_dir is not None:
         RunDirectory.check_free(run_dir, overwrite)
     key = jax.random.key(train_config.seed)
@@ -181,12 +190,12 @@ def train_many(
     plan = schedule.plan
     built = [build_algorithm(algorithm, of_run, env, plan) for _, of_run in runs.values()]
     check_policy(built[0], init_policy)
+    init_policy = jax.device_get(init_policy)
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the runs")
     progress = progress or Progress()
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
-    schedule_entry = schedule.describe()
     descriptions = {
-        name: describe(algorithm, env, *runs[name], schedule_entry) | dict(records.get(name, {})) for name in names
+        name: describe(algorithm, env, *runs[name], schedule) | dict(records.get(name, {})) for name in names
     }
     directories = []
     if run_dir is not None and resume:
@@ -196,6 +205,7 @@ def train_many(
         directories = [RunDirectory.open(Path(run_dir) / name) for name in names]
         for directory in directories:
             check_same_settings(directory.config, descriptions[directory.path.name])
+        say_other_devices(directories[0].config, descriptions[names[0]], progress)
     elif run_dir is not None:
         group.check_free(run_dir, names, overwrite)
     key = jnp.stack([jax.random.key(of_run.seed) for of_run, _ in runs.values()])
@@ -214,9 +224,9 @@ def train_many(
             if not varied:
                 raise
             raise UserError(
-                f"{', '.join(f'algo.{name}' for name in varied)} cannot differ between runs of one program: the "
-                "algorithm decides on it in Python (`if`, `float()`, a shape). Floats of a Config may only enter jax's "
-                f"functions. {type(error).__name__}: {str(error).splitlines()[0]}"
+                f"runs that differ in {', '.join(f'algo.{name}' for name in varied)} could not be traced as one "
+                "program. Does the algorithm decide on it in Python (`if`, `float()`, a shape)? Floats of a Config may "
+                f"only enter jax's functions. {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
         if run_dir is not None and not resume:
             directories = group.create(run_dir, descriptions, overwrite)
@@ -281,7 +291,7 @@ def load_policy(
 
     Raises UserError where there is none, or where it is of another algorithm or environment.
     """
-    plan = make_schedule(env, dataclasses.replace(train_config, num_devices=1)).plan
+    plan = make_schedule(env, one_device(train_config)).plan
     built = build_algorithm(algorithm, config, env, plan)
     checkpointer = open_checkpoints(RunDirectory.open(run_dir), train_config.keep_checkpoints)
     learner = jax.eval_shape(built.init, jax.random.key(0))

@@ -95,7 +95,7 @@ def test_an_algorithm_that_decides_on_a_swept_number_is_told_so():
 
     module = types.SimpleNamespace(Config=ppo.Config, make=make, __name__="branching")
     runs = {str(x): (SMALL, dataclasses.replace(CONFIG, entropy_coef=x)) for x in (0.0, 1.0)}
-    with pytest.raises(UserError, match="algo.entropy_coef cannot differ between runs .* TracerBoolConversionError"):
+    with pytest.raises(UserError, match="differ in algo.entropy_coef could not be traced .* TracerBoolConversionError"):
         many(runs, module=module)
 
 

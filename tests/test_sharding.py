@@ -16,7 +16,7 @@ def run(marks: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, "tests/eight_devices.py"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags})
-    assert result.returncode == 0, result.stdout[-8000:]
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-4000:]
 
 
 def test_eight_devices():

@@ -273,7 +273,7 @@ def test_steps_pass_two_to_the_31(tmp_path):
     algorithm = ppo.make(CONFIG, env.spec, schedule.plan)
     source = make_source(env, schedule.plan, config.reset, config.reset_pool_size)
     state = init_state(algorithm, source, jax.random.key(0))._replace(iteration=jnp.asarray(start, jnp.int32))
-    description = describe(ppo, env, config, CONFIG, schedule.plan._asdict())
+    description = describe(ppo, env, config, CONFIG, schedule)
     directory = training.RunDirectory.create(tmp_path / "run", description)
     keeper = open_checkpoints(directory, 2)
     keeper.save(start * per_iteration, state)

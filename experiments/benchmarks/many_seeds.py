@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx.logging import read_metrics, versions, write_atomically
-from rlx.machine import usable_cores
+from rlx.machine import commit, usable_cores
 
 RESULTS = Path(__file__).parent / "results" / "many_seeds.json"
 ENVS = ("gymnax/CartPole-v1", "gymnax/Pendulum-v1", "probe/lqr")
@@ -37,7 +37,11 @@ def seconds_of(commands: Sequence[Sequence[str]], at_a_time: int) -> float:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
 
         def run(command: Sequence[str]) -> None:
-            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
 
         start = time.perf_counter()
         with ThreadPoolExecutor(at_a_time) as pool:
@@ -74,13 +78,16 @@ def main() -> None:
     parser.add_argument("--total-steps", type=int, default=0, help="0: the task's own")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.num_seeds < 2:
+        parser.error("--num-seeds must be at least 2: they are compared")
     flags = ["--total-steps", str(options.total_steps)] if options.total_steps else []
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for env in options.envs:
         found = measure(env, options.num_seeds, options.parallel, flags)
-        found |= {"num_seeds": options.num_seeds, "total_steps": options.total_steps, "versions": versions()}
+        found |= {"num_seeds": options.num_seeds, "total_steps": options.total_steps}
+        found |= {"versions": versions(), "commit": commit()}
         found |= {"cores": usable_cores(), "machine": platform.machine(), "command": shlex.join(sys.argv)}
-        results[env] = found
+        results[f"{env}, {options.num_seeds} seeds"] = found
         write_atomically(options.out, json.dumps(results, indent=1) + "\n")
         apart = {name: seconds for name, seconds in found.items() if name.startswith("processes")}
         ratios = ", ".join(f"{name} {s:.0f} ({s / found['one_program_s']:.1f} times)" for name, s in apart.items())

@@ -7,9 +7,10 @@ For each number of devices a process of its own compiles one iteration of PPO fo
 `weak`: `--envs-per-device` environments on each; `strong`: `--num-envs` in all.
 
 Bytes that a device sends are those of a ring, D devices, R bytes of result on a device: 2 (D - 1) / D R for an
-all-reduce, (D - 1) / D R for an all-gather or an all-to-all, R for a permutation, times how often the program runs it.
-Time is that over a bandwidth, plus a latency for each operation; both are assumptions (`--bandwidth`, `--latency`),
-not measurements. A real compiler may merge operations that the CPU's leaves apart.
+all-reduce, (D - 1) / D R for an all-gather or an all-to-all, (D - 1) R for a reduce-scatter, R for a permutation, times
+how often the program runs it. Time is that over a bandwidth, plus a latency for each of its hops, 2 (D - 1) or D - 1;
+both are assumptions (`--bandwidth`, `--latency`), not measurements, and trees take fewer hops. Temporaries and the
+number of operations are those of the CPU's compiler; others fuse and merge differently.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -37,40 +39,38 @@ def compiled_iteration(env_name: str, num_envs: int, num_devices: int) -> dict[s
     import envs
     from rlx import settings
     from rlx.algorithms import ppo
-    from rlx.epoch import init_state, make_iteration
+    from rlx.compilation import compile_run
     from rlx.footprint import collectives, memory
-    from rlx.rollout import make_source
+    from rlx.logging import Progress
     from rlx.schedule import TrainConfig, make_schedule
-    from rlx.sharding import make_mesh, placement
+    from rlx.training import build_algorithm
 
     env = envs.make(env_name, physics="mjx") if env_name.startswith(("playground/", "brax/")) else envs.make(env_name)
     layers = [("preset", settings.preset(env_name, "ppo"))]
     merged = settings.merge(TrainConfig, ppo.Config, layers)
     train = settings.build(TrainConfig, settings.values(merged))
-    train = dataclasses.replace(train, num_envs=num_envs, num_groups=min(num_envs, 256), num_devices=num_devices)
+    groups = math.gcd(num_envs, 256)
+    sizes = {"num_envs": num_envs, "num_groups": groups, "num_devices": num_devices, "iterations_per_epoch": 1}
+    train = dataclasses.replace(train, **sizes, num_evals=0)
     config = settings.build(ppo.Config, settings.values(merged, "algo."))
-    plan = make_schedule(env, train).plan
-    algorithm, mesh = ppo.make(config, env.spec, plan), make_mesh(num_devices)
-    ppo.check(config, env.spec, plan)
-    source = make_source(env, plan, mesh=mesh)
-
-    def init(key: jax.Array) -> Any:
-        return init_state(algorithm, source, key)
-
-    where = placement(jax.eval_shape(init, jax.random.key(0)), mesh) if mesh else None
-    state = jax.jit(init, out_shardings=where).trace(jax.random.key(0)).out_info
-    program = jax.jit(make_iteration(algorithm, source), out_shardings=(where, None), donate_argnums=0)
-    compiled = program.lower(state).compile()
-    parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.learner.params))
-    found = [c._asdict() for c in collectives(compiled.as_text())]
-    return {"parameters": parameters, "collectives": found, **memory(compiled)._asdict()}
+    schedule = make_schedule(env, train)
+    built = build_algorithm(ppo, config, env, schedule.plan)
+    quiet = Progress(quiet=True)
+    programs = compile_run(env, lambda varied: built, schedule, train, jax.random.key(0), {}, None, quiet)
+    found = [c._asdict() for c in collectives(programs.epoch.as_text())]
+    takes = memory(programs.epoch)
+    assert takes is not None  # a CPU says
+    leaves = jax.tree.leaves(programs.abstract_state.learner.params)
+    return {"parameters": sum(x.size * x.dtype.itemsize for x in leaves), "collectives": found, **takes._asdict()}
 
 
-def sent(collective: dict[str, Any], devices: int) -> float:
-    """Bytes that a device sends in one iteration."""
-    share = (devices - 1) / devices
-    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(collective["kind"], share)
-    return factor * collective["bytes"] * collective["times"]
+def sent(collective: dict[str, Any], devices: int) -> tuple[float, int]:
+    """Bytes that a device sends in one iteration, and in how many hops one after another."""
+    others = devices - 1
+    factors = {"all-reduce": 2 * others / devices, "all-gather": others / devices, "all-to-all": others / devices}
+    factors |= {"reduce-scatter": others, "collective-permute": 1}
+    hops = {"all-reduce": 2 * others, "collective-permute": 1}.get(collective["kind"], others)
+    return factors[collective["kind"]] * collective["bytes"] * collective["times"], hops * collective["times"]
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--envs-per-device", type=int, default=1024, help="weak scaling")
     parser.add_argument("--num-envs", type=int, default=65536, help="strong scaling")
     parser.add_argument("--bandwidth", type=float, default=45e9, help="bytes/s of a device's links (an assumption)")
-    parser.add_argument("--latency", type=float, default=20e-6, help="seconds an operation (an assumption)")
+    parser.add_argument("--latency", type=float, default=1e-6, help="seconds a hop (an assumption)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -98,9 +98,9 @@ def main() -> None:
             environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
             done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
             row = {"scaling": kind, "devices": devices, "num_envs": num_envs} | json.loads(done.stdout.splitlines()[-1])
-            row["sent"] = sum(sent(c, devices) for c in row["collectives"])
-            operations = sum(c["times"] for c in row["collectives"])
-            row["seconds"] = row["sent"] / options.bandwidth + operations * options.latency
+            messages = [sent(c, devices) for c in row["collectives"]]
+            row["sent"] = sum(size for size, _ in messages)
+            row["seconds"] = row["sent"] / options.bandwidth + sum(hops for _, hops in messages) * options.latency
             largest = max((c["bytes"] for c in row["collectives"]), default=0)
             rows.append(row)
             mib = [f"{row[name] / 2**20:.2f} MiB" for name in ("state", "temporaries", "sent")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import importlib
 import json
@@ -49,14 +48,14 @@ def evaluate(arguments: list[str]) -> int:
             import jax
 
             from rlx.evaluation import make_evaluate
-            from rlx.schedule import make_schedule
+            from rlx.schedule import make_schedule, one_device
             from rlx.training import build_algorithm, load_policy
 
         @functools.cache  # runs of one program may differ in their settings
         def player(config: Any) -> Any:
             decisions = options.decisions or run.train_config.eval_decisions
-            one_device = dataclasses.replace(run.train_config, num_devices=1)
-            algorithm = build_algorithm(run.module, config, run.env, make_schedule(run.env, one_device).plan)
+            plan = make_schedule(run.env, one_device(run.train_config)).plan
+            algorithm = build_algorithm(run.module, config, run.env, plan)
             return jax.jit(make_evaluate(run.env, algorithm, options.episodes, options.mode, decisions))
 
         for path in members:

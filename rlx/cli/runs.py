@@ -115,9 +115,11 @@ def resume(arguments: list[str]) -> int:
     """`rlx resume RUN_DIR`."""
     parser = argparse.ArgumentParser("rlx resume", description="Go on with a run that was stopped.", allow_abbrev=False)
     parser.add_argument("run_dir")
+    parser.add_argument("--num-devices", type=int, metavar="N", help="others than the run was begun with; 0: all")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
     options = parser.parse_args(arguments)
     if is_sweep(options.run_dir):
+        require(options.num_devices is None, "--num-devices", options.num_devices, "nothing: a sweep keeps its own")
         with Progress(quiet=options.quiet) as shown:
             return go_on(Path(options.run_dir).absolute(), shown)
     members = run_directories(options.run_dir)
@@ -137,10 +139,17 @@ def resume(arguments: list[str]) -> int:
         keywords: dict[str, Any] = {"init_policy": policy, "progress": shown, "resume": True}
         own = describe(run.pair)
         folder = Path(options.run_dir).absolute()
+
+        def here(train_config: Any) -> Any:
+            """The settings of a run on the devices that it goes on on."""
+            given = options.num_devices
+            return train_config if given is None else dataclasses.replace(train_config, num_devices=given)
+
         if members == [folder]:
-            built = (run.env, run.module, run.train_config, run.config)
+            built = (run.env, run.module, here(run.train_config), run.config)
             return finish(training.train(*built, run_dir=folder, record=own, **keywords), folder)
-        runs = {path.name: settings_of(RunDirectory.open(path), run.module) for path in members}
+        found = {path.name: settings_of(RunDirectory.open(path), run.module) for path in members}
+        runs = {name: (here(train_config), config) for name, (train_config, config) in found.items()}
         records = dict.fromkeys(runs, own)
         done = training.train_many(run.env, run.module, runs, run_dir=folder, records=records, **keywords)
     return finish_many(done, folder)

@@ -142,7 +142,7 @@ def check(content: Mapping[str, Any], algorithm: Any) -> None:
         env = load_env(pair)
         program["pair"]["physics"] = env.spec.physics or pair.physics
         for train_config, config in runs.values():
-            build_algorithm(algorithm, config, env, make_schedule(env, train_config).plan)
+            build_algorithm(algorithm, config, env, make_schedule(env, train_config, len(runs)).plan)
 
 
 def go_on(folder: Path, shown: Progress) -> int:
