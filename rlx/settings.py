@@ -148,6 +148,16 @@ def values(merged: Mapping[str, Setting], prefix: str = "") -> dict[str, Any]:
     return {key.removeprefix(prefix): s.value for key, s in merged.items() if key.startswith(prefix)}
 
 
+def entries(merged: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
+    """What config.json and sweep.json keep of merged settings: {key: {"value": ..., "from": ...}}."""
+    return {key: {"value": setting.value, "from": setting.origin} for key, setting in merged.items()}
+
+
+def read_entries(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Setting]:
+    """Undoes `entries`."""
+    return {key: Setting(entry["value"], entry["from"]) for key, entry in entries.items()}
+
+
 def build(cls: type, fields: Mapping[str, Any]) -> Any:
     """The dataclass `cls` from what JSON kept of it. Raises UserError for fields it does not have."""
     hints = typing.get_type_hints(cls)

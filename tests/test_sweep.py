@@ -162,6 +162,8 @@ def test_the_command_trains_what_is_missing_and_reports(tmp_path, capsys, monkey
     recorded = json.loads(Path(run, "config.json").read_text())
     assert recorded["algo"]["learning_rate"] == 1e-4 and recorded["algo"]["num_epochs"] == 2
     assert recorded["train"]["seed"] == 1
+    assert recorded["settings"]["algo.learning_rate"] == {"value": 1e-4, "from": "sweep"}
+    assert recorded["settings"]["seed"] == {"value": 1, "from": "num_seeds"}
     rows = Path(run, "metrics.jsonl").read_bytes()
     last = Path(run, "checkpoints")
     steps = sorted(path.name for path in last.iterdir() if path.name.isdigit())
@@ -196,6 +198,13 @@ def test_a_signal_between_programs_stops_the_sweep_and_it_goes_on_from_there(tmp
     monkeypatch.setattr(training, "train_many", real)
     assert cli.main(["resume", "s", "--quiet"]) == 0
     assert "num_epochs=2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "damaged"), ("{}", "damaged"), ('{"format": 9}', "format = 9")])
+def test_a_sweep_that_cannot_be_read_is_said(tmp_path, capsys, text, message):
+    (tmp_path / "sweep.json").write_text(text)
+    assert cli.main(["resume", str(tmp_path), "--quiet"]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def train(arguments: list[str]) -> int:
             policy = start_policy(start, pair.physics)
         record = {**describe(pair), "from": start, "wandb": options.wandb}
         record["command"] = shlex.join(["rlx", "train", *arguments])
-        record["settings"] = {key: {"value": s.value, "from": s.origin} for key, s in merged.items()}
+        record["settings"] = settings.entries(merged)
         keywords: dict[str, Any] = {"run_dir": run_dir, "overwrite": options.overwrite, "init_policy": policy}
         keywords["progress"] = shown
         if not many:

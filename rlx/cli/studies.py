@@ -189,7 +189,7 @@ def run_program(one: Planned, record: Mapping[str, Any], quiet: bool, stop: Stop
         pair = pair._replace(physics=before.physics)  # "auto" may be another engine here
     env = load_env(pair)
     pair = pair._replace(physics=env.spec.physics or pair.physics)
-    entries = {key: {"value": s.value, "from": s.origin} for key, s in one.merged.items()}
+    entries = settings.entries(one.merged)
     records = {
         name: {**describe(pair), **record, "settings": {**entries, "seed": {"value": own.seed, "from": "study"}}}
         for name, (own, _) in one.runs.items()

@@ -27,10 +27,11 @@ from rlx.cli.pairs import (
     with_overrides,
 )
 from rlx.cli.programs import failures, finished, train_program
-from rlx.errors import require
-from rlx.logging import FAILED, Progress, RunDirectory, read_metrics, write_atomically
+from rlx.errors import UserError, require
+from rlx.logging import FAILED, Progress, RunDirectory, read_metrics, versions, write_atomically
 
 FILE = "sweep.json"
+FORMAT = 1  # of that file
 
 
 def is_sweep(folder: str | Path) -> bool:
@@ -71,7 +72,8 @@ def sweep(arguments: list[str]) -> int:
         found = sweeping.combinations(space)
         seeds = list(range(space.seed, space.seed + options.num_seeds))
         content = {
-            "format": 1,
+            "format": FORMAT,
+            "versions": versions(),
             "command": shlex.join(["rlx", "sweep", *arguments]),
             "seeds": seeds,
             **plan(pair._replace(physics=options.physics), algorithm, merged, found, seeds),
@@ -106,10 +108,11 @@ def plan(
         for combination in combinations:
             layered = settings.override(merged, TrainConfig, algorithm.Config, [("sweep", combination)])
             own = with_overrides(pair, settings.values(layered, "env."))
-            train, algo = settings.values(layered), settings.values(layered, "algo.")
-            name = names[repr(combination)]
-            require(train["num_evals"] >= 1, "num_evals", train["num_evals"], "at least 1: they are compared")
-            runs |= {f"{name},seed={seed}": {"train": {**train, "seed": seed}, "algo": algo} for seed in seeds}
+            name, num_evals = names[repr(combination)], layered["num_evals"].value
+            require(num_evals >= 1, "num_evals", num_evals, "at least 1: they are compared")
+            for seed in seeds:
+                seeded = {**layered, "seed": settings.Setting(seed, "num_seeds")}
+                runs[f"{name},seed={seed}"] = settings.entries(seeded)
         programs.append({"name": f"program-{index}", "pair": describe(own), "runs": runs})
     return {"combinations": {names[repr(c)]: c for c in found}, "programs": programs}
 
@@ -122,10 +125,11 @@ def of_program(program: Mapping[str, Any], algorithm: Any) -> tuple[Pair, dict[s
     """The pair and the settings of the runs of a program in sweep.json."""
     from rlx.schedule import TrainConfig
 
-    runs = {
-        name: (settings.build(TrainConfig, run["train"]), settings.build(algorithm.Config, run["algo"]))
-        for name, run in program["runs"].items()
-    }
+    runs = {}
+    for name, entries in program["runs"].items():
+        merged = settings.read_entries(entries)
+        train, algo = settings.values(merged), settings.values(merged, "algo.")
+        runs[name] = settings.build(TrainConfig, train), settings.build(algorithm.Config, algo)
     return recorded_pair(program["pair"]), runs
 
 
@@ -149,7 +153,12 @@ def go_on(folder: Path, shown: Progress) -> int:
     """Runs what is missing of a sweep, then prints and writes its table. 130 if it was stopped."""
     from rlx.recording import StopSignal
 
-    content = json.loads((folder / FILE).read_text())
+    try:
+        content = json.loads((folder / FILE).read_text())
+        found = int(content["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(folder / FILE)!r} is damaged: {error!r}.") from error
+    require(found == FORMAT, "format", found, f"{FORMAT}: {str(folder / FILE)!r} is of another version of rlx")
     algorithm = load_algorithm(recorded_pair(content["programs"][0]["pair"]))
     shown.close()  # each program has a bar of its own
     places = [folder / program["name"] for program in content["programs"]]
@@ -160,7 +169,8 @@ def go_on(folder: Path, shown: Progress) -> int:
             say(shown.quiet, f"{program['name']}: {len(program['runs'])} runs")
             pair, runs = of_program(program, algorithm)
             warn_of_changes(pair)
-            records = {name: {**describe(pair), "command": content["command"]} for name in runs}
+            record = {**describe(pair), "command": content["command"]}
+            records = {name: {**record, "settings": program["runs"][name]} for name in runs}
             train_program(place, load_env(pair), algorithm, runs, records, stop, shown.quiet)
         if stop.requested:
             print(f"stopped; go on with: rlx resume {folder}")
@@ -179,7 +189,7 @@ def report(folder: Path, content: Mapping[str, Any]) -> None:
             place = folder / program["name"] / name
             rows = [] if (place / FAILED).exists() else read_metrics(place / "metrics.jsonl")
             last = rows[-1].get("eval/return", math.nan) if rows else math.nan
-            scores.setdefault(name.rpartition(",seed=")[0], {})[run["train"]["seed"]] = last
+            scores.setdefault(name.rpartition(",seed=")[0], {})[run["seed"]["value"]] = last
     text = table(judge(scores, content["seeds"]), content["seeds"])
     write_atomically(folder / "report.md", text + "\n")
     print(text)
