@@ -157,7 +157,10 @@ def test_no_key_is_consumed_twice(name):
         jax.jit(algorithm.update)(learner, trajectory, jnp.asarray(0), jax.random.key(3))
 
 
-@every
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [pytest.param(n, w, marks=[pytest.mark.slow] if w != "continuous" else []) for n in ALGORITHMS for w in WORLDS],
+)
 def test_seeds_and_float_settings_can_be_mapped_over(name, world):
     """`make` runs inside vmap: learning rates times seeds are one program, equal to each run alone."""
     env, module = WORLDS[world], module_of(name)
@@ -175,8 +178,9 @@ def test_seeds_and_float_settings_can_be_mapped_over(name, world):
     # `iteration` is never mapped: gates rely on it
     axes = TrainState(0, 0, 0, None)
     both = jax.jit(jax.vmap(run, out_axes=axes))(keys, traced)
+    one = jax.jit(run)
     for i in range(2):
-        alone = jax.jit(run)(keys[i], {k: v[i] for k, v in traced.items()})
+        alone = one(keys[i], {k: v[i] for k, v in traced.items()})
         mapped = jax.tree.map(lambda x, i=i: x[i], both.learner)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), mapped, alone.learner)
 

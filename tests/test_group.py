@@ -62,6 +62,7 @@ def test_seeds_together_equal_each_alone():
     check_like_alone(seeds(3), Counter(5))
 
 
+@pytest.mark.slow
 def test_settings_together_equal_each_alone():
     runs = {"fast": (SMALL, dataclasses.replace(CONFIG, learning_rate=1e-2))}
     runs["short"] = (SMALL, dataclasses.replace(CONFIG, gamma=0.5, max_grad_norm=0.1))

@@ -251,7 +251,8 @@ def test_models_that_are_not_the_tasks_own_are_left_to_mjx_while_it_is_traced():
     assert data.qpos.shape == (1,) and not isinstance(data._impl, NativeData)
 
 
-@pytest.mark.parametrize("name", ["PendulumSwingup", pytest.param("HopperHop", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["PendulumSwingup", "HopperHop"])
 def test_what_mjx_does_not_carry_from_step_to_step_changes_no_bit(name, monkeypatch):
     def roll(env):
         keys = jax.random.split(jax.random.key(3), 4)

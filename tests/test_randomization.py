@@ -179,7 +179,7 @@ def test_a_draw_reaches_the_physics_of_brax(engine):
     ("name", "action", "draw"),
     [
         ("playground/PointMass", (1.0, -0.5), mass_and_gravity),
-        ("brax/inverted_pendulum", (0.0,), rail_and_mass),
+        pytest.param("brax/inverted_pendulum", (0.0,), rail_and_mass, marks=pytest.mark.slow),
     ],
 )
 def test_both_engines_take_the_same_step_under_the_same_draw(name, action, draw):
