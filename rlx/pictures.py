@@ -87,7 +87,7 @@ def _draw_curve(panel: Any, result: Result, study: Study) -> dict[str, Any]:
     reference = study.references.get((name, env))
     if reference:
         task = study.environments[env]
-        low, high = np.clip(reference_interval(reference, study.tolerance), task.low, task.high)
+        low, high = np.clip(reference_interval(reference, task, study.tolerance), task.low, task.high)
         grey = "0.4" if len(study.algorithms) == 1 else color
         panel.axhspan(low, high, color=grey, alpha=0.15, linewidth=0)
         label = f"reference of {name}, ± sd"
@@ -113,7 +113,7 @@ def draw_scores(results: Sequence[Result], statistics: Sequence[Scores], study: 
 
         reference = study.references.get((name, env))
         if reference:
-            ends = np.clip([place(end) for end in reference_interval(reference, study.tolerance)], 0.0, 1.0)
+            ends = np.clip([place(end) for end in reference_interval(reference, task, study.tolerance)], 0.0, 1.0)
             lines["reference, ± sd"] = panel.plot(ends, [y, y], color="0.75", linewidth=7, solid_capstyle="butt")[0]
             panel.plot([place(reference.value)], [y], "|", color="0.3", markersize=9)
         color = color_of(study, name)

@@ -18,7 +18,7 @@ from rlx.documents import Block, Code, Heading, Paragraph, Picture, Table, markd
 from rlx.findings import Findings, changed_settings, machine_of, numbers
 from rlx.logging import write_atomically
 from rlx.pictures import draw_curves, draw_profile, draw_scores, png
-from rlx.results import short
+from rlx.results import FLOOR, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,9 +27,9 @@ LIMIT = 300_000  # bytes of the largest file, the page with all pictures inside
 RESOLUTIONS = (110, 90, 75, 60, 50, 40)  # dots an inch; the first that keeps the limit is taken
 RULE = (
     "The verdict compares our mean with the reference's mean ± its standard deviation over runs; where that is not "
-    "known, with ± {tolerance:.0%} of the mean. Fewer steps than the reference's are named. The interval is the 95 % "
-    "stratified bootstrap interval of the interquartile mean (IQM). A score is the mean return of the last evaluation, "
-    "after the last step, with deterministic actions."
+    "known, with ± {tolerance:.0%} of the mean, at least {least:.0%} of the task's range. Fewer steps than the "
+    "reference's are named. The interval is the 95 % stratified bootstrap interval of the interquartile mean (IQM). A "
+    "score is the mean return of the last evaluation, after the last step, with deterministic actions."
 )
 EXPLORATORY = (
     "**Exploratory.** {seeds} seeds a row are fewer than {needed}: intervals of so few runs are too narrow, and this "
@@ -72,7 +72,11 @@ def document(found: Findings) -> list[Block]:
     if found.exploratory:
         blocks.append(Paragraph(EXPLORATORY.format(seeds=seeds, needed=MIN_RUNS)))
     blocks += [Heading(2, "What was run"), Code(found.command), _facts(found)]
-    blocks += [Heading(2, "Results"), *_table(found), Paragraph(RULE.format(tolerance=study.tolerance))]
+    blocks += [
+        Heading(2, "Results"),
+        *_table(found),
+        Paragraph(RULE.format(tolerance=study.tolerance, least=study.tolerance / 5)),
+    ]
     for result in found.results:
         for run in result.failed:
             blocks.append(Paragraph(f"{result.program.title}, seed {run.seed}, stopped: {run.error}"))
@@ -145,8 +149,14 @@ def _table(found: Findings) -> list[Block]:
     counts = Counter(judged.word for judged in found.verdicts if judged.word)
     order = ("better", "within", "worse", "not comparable")
     counted = ", ".join(f"{counts[word]} {word}" for word in order if counts[word]) or "none"
-    about = f"Verdicts of the {sum(counts.values())} rows that are finished: {counted}. Minutes and steps/s are of all "
-    return [Paragraph(f"{about}seeds together, in one program."), Table(header.split(", "), rows)]
+    reached = [judged for judged in found.verdicts if judged.word in ("better", "within")]
+    floor = sum(FLOOR in judged.reason for judged in reached)
+    about = (
+        f"Verdicts of the {sum(counts.values())} rows that are finished: {counted}. {len(reached)} are inside or above "
+        f"the reference's interval, {floor} of them where it reaches the lowest score. Minutes and steps/s are of all "
+        "seeds together, in one program."
+    )
+    return [Paragraph(about), Table(header.split(", "), rows)]
 
 
 def _together(found: Findings) -> list[Block]:

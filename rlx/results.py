@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlx.logging import FAILED, FINISHED, RUNS, RunDirectory, read_metrics
+from rlx.errors import require
+from rlx.logging import FAILED, FINISHED, RUNS, RunDirectory, read_metrics, run_directories
 from rlx.statistics import iqm_band
-from rlx.study import Program, Reference, Study, run_name
+from rlx.study import Program, Reference, Study, Task, run_name
 
+FLOOR = "the reference's interval reaches the lowest score"
 CLOSE = 0.01  # budgets that differ by this share are the same
 
 
@@ -40,7 +42,7 @@ class Result(NamedTuple):
     state: str  # missing, begun, finished
     runs: tuple[RunResult, ...] = ()
     recorded: Mapping[str, Any] = {}  # config.json of the first run
-    minutes: float = 0.0  # of training, evaluations included, of all runs together
+    minutes: float = 0.0  # of training, evaluations between the first and the last included, of all runs together
     steps_per_second: float = math.nan  # of training, of all runs together; the median over epochs
 
     @property
@@ -79,6 +81,9 @@ def read(program: Program, out: Path) -> Result:
     place = out / program.folder
     if not (place / RUNS).is_file():
         return Result(program, "missing")
+    names = [path.name for path in run_directories(place)]
+    wanted = [run_name(seed) for seed in program.seeds]
+    require(names == wanted, f"runs of {program.title}", wanted, f"{str(place)!r} holds {names}; name another --out")
     finished = (place / FINISHED).is_file()
     runs, clocks, rates = [], [], []
     recorded: dict[str, Any] = {}
@@ -88,10 +93,13 @@ def read(program: Program, out: Path) -> Result:
             continue
         recorded = recorded or RunDirectory.open(folder).config
         rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
-        evaluated = [row for row in rows if math.isfinite(row.get("eval/return", math.nan))]
+        every = [row for row in rows if "eval/return" in row]
+        evaluated = [row for row in every if math.isfinite(row["eval/return"])]
         steps, returns = (tuple(row[key] for row in evaluated) for key in ("step", "eval/return"))
         failure = folder / FAILED
         error = json.loads(failure.read_text())["error"] if failure.is_file() else ""
+        if every and every[-1] not in evaluated:
+            error = error or "its last evaluation is not finite"
         runs.append(RunResult(seed, tuple(int(step) for step in steps), returns, error))
         clocks.append(minutes_of(rows))
         rates += [row["time/steps_per_second"] for row in rows if "time/steps_per_second" in row]
@@ -119,13 +127,13 @@ def statistics(result: Result) -> Scores:
     return Scores(float(scores.mean()), float(scores.std(ddof=1)), *ends)
 
 
-def reference_interval(reference: Reference, tolerance: float) -> tuple[float, float]:
-    """value -+ sd; value -+ `tolerance` times |value| where the sd is not known or 0.
+def reference_interval(reference: Reference, task: Task, tolerance: float) -> tuple[float, float]:
+    """value -+ sd; value -+ `tolerance` times |value|, or a fifth of the task's range, where the sd is not known or 0.
 
     The sd over runs, not the standard error of their mean: how many runs there were is rarely known, and the question
     is whether our mean could be one more run of theirs.
     """
-    half = reference.sd or tolerance * abs(reference.value)
+    half = reference.sd or tolerance * max(abs(reference.value), (task.high - task.low) / 5)
     return reference.value - half, reference.value + half
 
 
@@ -137,8 +145,8 @@ def verdict(result: Result, scores: Scores, study: Study) -> Verdict:
                               than the reference's. Fewer steps are no excuse and no obstacle: the reason names them.
 
     Budgets that differ by 1 % are the same. The reason also says where better or worse is not clear, because the 95 %
-    interval of our IQM overlaps the reference's interval; where within says little, because that interval reaches the
-    task's lowest score; and where a tolerance stood for the sd.
+    interval of our IQM overlaps the reference's interval, or within, because it reaches below; where the verdict says
+    little, because that interval reaches the task's lowest score; and where a tolerance stood for the sd.
     """
     reference = study.references.get((result.program.variant, result.program.env))
     if result.state != "finished":
@@ -149,7 +157,8 @@ def verdict(result: Result, scores: Scores, study: Study) -> Verdict:
         return Verdict("not comparable", "no reference")
     if not result.scores.size:
         return Verdict("not comparable", "no evaluation")
-    low, high = reference_interval(reference, study.tolerance)
+    task = study.environments[result.program.env]
+    low, high = reference_interval(reference, task, study.tolerance)
     word = "worse" if scores.mean < low else "better" if scores.mean > high else "within"
     budget = reference.steps or 0
     fewer, more = result.steps < (1 - CLOSE) * budget, budget and result.steps > (1 + CLOSE) * budget
@@ -165,18 +174,21 @@ def verdict(result: Result, scores: Scores, study: Study) -> Verdict:
         reasons.append("with the reference's budget")
     if word != "within" and scores.low <= high and scores.high >= low:
         reasons.append("not clear: the intervals overlap")
-    if word == "within" and low <= study.environments[result.program.env].low:
-        reasons.append("the reference's interval reaches the lowest score")
+    if word == "within" and scores.low < low:
+        reasons.append("not clear: our interval reaches below")
+    if low <= task.low:
+        reasons.append(FLOOR)
     if not reference.sd:
-        reasons.append(f"sd not known, {study.tolerance:.0%} taken")
+        reasons.append(f"sd {'not known' if reference.sd is None else '0'}, {(high - low) / 2:.3g} taken")
     return Verdict(word, "; ".join(reasons if budget else [*reasons, "the reference's budget is not known"]))
 
 
 def short(steps: int) -> str:
     """Steps as people say them: 60M, 4.99M, 32k."""
     for unit, size in (("M", 1_000_000), ("k", 1000)):
-        if steps >= size:
-            return f"{steps / size:.3g}{unit}"
+        rounded = float(f"{steps / size:.3g}")
+        if rounded >= 1:
+            return f"{rounded:g}{unit}"
     return str(steps)
 
 

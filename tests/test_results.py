@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 from rlx.errors import UserError
 from rlx.results import (
-    Scores,
     complete,
     minutes_of,
     read,
@@ -20,6 +18,7 @@ from rlx.results import (
     statistics,
     verdict,
 )
+from rlx.study import Task
 from tests.studies import ENVS, make_study, programs_of, record, reference
 
 
@@ -77,9 +76,11 @@ def test_statistics_by_hand_and_of_too_few_runs(tmp_path):
 
 
 def test_the_interval_of_a_reference_is_its_sd_or_a_share_of_its_value():
-    assert reference_interval(reference(500.0, 50.0), 0.05) == (450.0, 550.0)
-    assert reference_interval(reference(1000.0, None), 0.05) == (950.0, 1050.0)
-    assert reference_interval(reference(-200.0, 0.0), 0.05) == (-210.0, -190.0)
+    task = Task(0.0, 1000.0)
+    assert reference_interval(reference(500.0, 50.0), task, 0.05) == (450.0, 550.0)
+    assert reference_interval(reference(1000.0, None), task, 0.05) == (950.0, 1050.0)
+    assert reference_interval(reference(-200.0, 0.0), task, 0.05) == (-210.0, -190.0)
+    assert reference_interval(reference(2.0, None), task, 0.05) == (-8.0, 12.0)  # a hundredth of the range
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_what_says_little_is_said_to(tmp_path):
     assert wide == ("within", "the reference's interval reaches the lowest score")
     unclear = judge(tmp_path / "b", [300.0, 440.0, 500.0], reference(steps=1000))
     assert unclear.word == "worse" and "not clear" in unclear.reason
-    assert judge(tmp_path / "c", [960.0] * 3, reference(1000.0, None, 1000)) == ("within", "sd not known, 5% taken")
+    assert judge(tmp_path / "c", [960.0] * 3, reference(1000.0, None, 1000)) == ("within", "sd not known, 50 taken")
     unknown = judge(tmp_path / "d", [500.0] * 3, reference(steps=None))
     assert unknown == ("within", "the reference's budget is not known")
 
@@ -135,12 +136,32 @@ def test_a_run_that_failed_counts_as_the_lowest_score_of_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "text"), [(60_000_000, "60M"), (4_997_120, "5M"), (2_498_560, "2.5M"), (32_000, "32k"), (500, "500")]
+    ("steps", "text"),
+    [
+        (60_000_000, "60M"),
+        (4_997_120, "5M"),
+        (2_498_560, "2.5M"),
+        (32_000, "32k"),
+        (500, "500"),
+        (999_936, "1M"),
+        (10**9, "1000M"),
+    ],
 )
 def test_steps_are_short(steps, text):
     assert short(steps) == text
 
 
-def test_scores_are_plain_numbers(tmp_path):
-    assert json.dumps(statistics(result_of(tmp_path, [1.0, 2.0])))
-    assert isinstance(statistics(result_of(tmp_path / "b", [1.0, 2.0])), Scores)
+def test_a_run_whose_last_evaluation_is_not_finite_has_no_score(tmp_path):
+    program = programs_of(make_study(2))[0]
+    record(tmp_path, program, [500.0, 500.0])
+    with open(tmp_path / program.folder / "seed-1" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1200, "eval/return": null}\n')
+    result = read(program, tmp_path)
+    assert [run.error for run in result.runs] == ["", "its last evaluation is not finite"]
+    assert list(result.scores) == [500.0]
+
+
+def test_runs_of_other_seeds_than_the_study_has_now_are_refused(tmp_path):
+    record(tmp_path, programs_of(make_study(2))[0], [500.0, 500.0])
+    with pytest.raises(UserError, match="runs of ppo on probe/lqr = .* holds .'seed-0', 'seed-1'.; name another --out"):
+        read(programs_of(make_study(3))[0], tmp_path)

@@ -215,20 +215,21 @@ def test_stopped_by_a_signal_the_same_command_goes_on_to_the_same_numbers(done, 
     real, _ = stop_after(monkeypatch, 3)
     assert reproduce() == 130
     out = capsys.readouterr().out
-    assert "stopped; go on with: rlx reproduce tiny --size small" in out
+    assert "stopped; go on with: rlx reproduce tiny --quiet" in out
     place = steady / "runs/tiny/small/steady/probe-lqr"
     assert (
         not (place / "finished.json").exists()
         and read_metrics(place / "seed-0/metrics.jsonl")[-1]["step"] < 16 * EPOCHS
     )
-    report = steady / "experiments/tiny/report/small/report.md"
-    assert "steady on probe/lqr (begun)" in report.read_text()
+    report = steady / "runs/tiny/small/report/report.md"
+    published = steady / "experiments/tiny/report/small/report.md"
+    assert "steady on probe/lqr (begun)" in report.read_text() and not published.exists()
     monkeypatch.setattr(training, "train_many", real)
     assert reproduce() == 0
     for seed in ("seed-0", "seed-1"):
         rows = read_metrics(done[0] / "runs/tiny/small/steady/probe-lqr" / seed / "metrics.jsonl")
         assert without_time(read_metrics(place / seed / "metrics.jsonl")) == without_time(rows)
-    assert "| programs finished | 1 of 1 |" in report.read_text()
+    assert "| programs finished | 1 of 1 |" in report.read_text() == published.read_text()
 
 
 def test_a_signal_while_a_program_is_compiled_stops_it_at_its_first_epoch(steady, monkeypatch, capsys):

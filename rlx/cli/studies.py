@@ -27,7 +27,7 @@ from rlx.cli.pairs import (
     with_overrides,
 )
 from rlx.cli.programs import failures, finished, train_program
-from rlx.errors import require
+from rlx.errors import UserError, require
 from rlx.logging import RUNS, Progress, RunDirectory, run_directories
 from rlx.machine import commit
 from rlx.study import Program, load, programs, run_name, select
@@ -62,10 +62,10 @@ def reproduce(arguments: list[str]) -> int:
     parser.add_argument("study", metavar="STUDY", help="a folder of experiments/, or the path of a study.py")
     parser.add_argument("--size", default="", help="how much of it (the first size that the study has)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/STUDY/SIZE)")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="where it goes (report/SIZE beside study.py)")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="where the report goes, beside OUT/report")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     parser.add_argument("--only", nargs="+", default=[], metavar="ENV", help="run these environments alone")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors, verdicts and the result")
     words = parser.parse_args(arguments)
     study, folder = load(words.study)
     size = words.size or next(iter(study.sizes))
@@ -73,40 +73,45 @@ def reproduce(arguments: list[str]) -> int:
     chosen = select(every, words.only)
     pairs = {program.title: find_pair(program.algorithm, program.env_reference) for program in every}
     out = (words.out or Path("runs") / study.name / size).absolute()
-    target = (words.report or folder / "report" / size).absolute()
     name = study.name if Path(words.study).is_absolute() else words.study
     command = shlex.join(["rlx", "reproduce", name, "--size", size])
+    targets = [out / "report"] + ([words.report.absolute()] if words.report else [])
 
     def write_report() -> Findings:
         from rlx import findings, report, results
 
         found = findings.findings(study, size, command, [results.read(program, out) for program in every])
-        report.write(found, target)
+        whole = all(result.state == "finished" for result in found.results)
+        published = [folder / "report" / size] if whole and not words.report else []  # never a part over the whole
+        for target in [*targets, *published]:
+            report.write(found, target)
         return found
 
     status = 0
     if words.report_only:
         require(any((out / program.folder).is_dir() for program in every), "--out", str(out), "it holds no run of this")
     else:
-        planned = plan([(program, pairs[program.title]) for program in chosen], out, words.quiet)
+        planned = plan([(program, pairs[program.title]) for program in every], chosen, out, words.quiet)
         say(words.quiet, f"{len(planned)} programs, {sum(one.finished for one in planned)} of them finished, in {out}")
         record = {"command": command, "study": {"name": study.name, "size": size}, "commit": commit()}
-        status = run_all(planned, record, words.quiet, write_report)
+        write_report()  # what cannot be written fails here, not after hours
+        status = run_all(planned, record, words.quiet, write_report, shlex.join(["rlx", "reproduce", *arguments]))
     write_report()
-    print(f"report: {target / 'report.md'}")
+    print(f"report: {targets[-1] / 'report.md'}")
     return status
 
 
-def plan(chosen: Sequence[tuple[Program, Pair]], out: Path, quiet: bool) -> list[Planned]:
-    """Merges the settings of every program and builds what is not finished, so that nothing fails after hours.
+def plan(every: Sequence[tuple[Program, Pair]], chosen: Sequence[Program], out: Path, quiet: bool) -> list[Planned]:
+    """Merges the settings of every program, and builds those of `chosen` that are not finished.
 
     Raises UserError for settings that cannot work, and for those of programs that were begun with others.
     """
     with Progress(quiet=quiet) as shown:
         with shown.phase("importing"):
-            planned = [merge(program, pair, out) for program, pair in chosen]
+            planned = [merge(program, pair, out) for program, pair in every]
             for one in planned:
                 check_unchanged(one)
+            planned = [one for one in planned if one.program in chosen]
             from rlx.schedule import make_schedule
             from rlx.training import build_algorithm
         with shown.phase("building"):
@@ -148,6 +153,7 @@ def check_unchanged(one: Planned) -> None:
         now |= {"algorithm": one.pair.algorithm, "env": one.pair.env, "env.*": dict(one.pair.overrides)}
         was = recorded["train"] | settings.flatten(recorded["algo"], "algo.")
         was |= {"algorithm": recorded["algorithm"], "env": recorded["env"], "env.*": recorded["env_overrides"]}
+        now["files"], was["files"] = dict(one.pair.files), recorded["files"]
         for key, new in json.loads(json.dumps(now)).items():
             if key in ("num_devices", "split"):
                 continue  # they decide roundings, and may have to be others
@@ -155,16 +161,26 @@ def check_unchanged(one: Planned) -> None:
             require(old == new, f"{one.program.title}: {key}", new, f"it was begun with {old!r}; {advice}")
 
 
-def run_all(planned: Sequence[Planned], record: Mapping[str, Any], quiet: bool, report: Callable[[], Findings]) -> int:
-    """Runs what is not finished, program after program. The exit status: 130 if stopped, 1 if a run failed."""
+def run_all(
+    planned: Sequence[Planned], record: Mapping[str, Any], quiet: bool, report: Callable[[], Findings], again: str
+) -> int:
+    """Runs what is not finished, program after program. The exit status: 130 if stopped, 1 if a run failed.
+
+    A program that is refused (it does not fit into memory, say) is named, and the others go on. `again`: the command.
+    """
     from rlx.recording import StopSignal
 
+    refused = False
     with StopSignal(quiet) as stop:
         for index, one in enumerate(planned, start=1):
             if one.finished or stop.requested:
                 continue
             say(quiet, f"{one.program.title}: program {index} of {len(planned)}, {len(one.runs)} runs")
-            run_program(one, record, quiet, stop)
+            try:
+                run_program(one, record, quiet, stop)
+            except UserError as error:
+                say(False, f"{one.program.title} is refused: {error}")
+                refused = True
             found = report()
             if one.finished:
                 row = [result.program for result in found.results].index(one.program)
@@ -174,9 +190,9 @@ def run_all(planned: Sequence[Planned], record: Mapping[str, Any], quiet: bool, 
                     flush=True,
                 )
         if stop.requested:
-            print(f"stopped; go on with: {record['command']}")
+            print(f"stopped; go on with: {again}")
             return 130
-    return int(any(failures(one.place) for one in planned))
+    return int(refused or any(failures(one.place) for one in planned))
 
 
 def run_program(one: Planned, record: Mapping[str, Any], quiet: bool, stop: StopSignal) -> None:
