@@ -231,7 +231,8 @@ def test_against_peers_refuses_sizes_that_cannot_be_compared(peers, capsys, argu
 
 
 @pytest.mark.slow
-def test_against_peers_trains_with_both_and_records_what_was_supplied_to_brax(peers, tmp_path):
+def test_against_peers_trains_with_both_and_records_what_was_supplied_to_brax(peers, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "allow")  # brax's code broadcasts freely
     out = tmp_path / "peers.json"
     sizes = "--num-envs 8 --unroll-length 4 --num-epochs 1 --num-minibatches 2 --iterations 2 --epochs 4 --rounds 1"
     peers.main(["--envs", "CartpoleBalance", *sizes.split(), "--hidden", "8", "--out", str(out)])
