@@ -241,6 +241,7 @@ def test_a_kill_before_all_directories_were_made_is_made_good(tmp_path):
     assert_same_state(whole["seed-1"].state, many(runs, tmp_path, resume=True)["seed-1"].state)
 
 
+@pytest.mark.slow
 def test_they_are_a_folder_of_run_directories_and_refuse_one_that_holds_others(tmp_path):
     runs = seeds(2)
     many(runs, tmp_path / "runs")

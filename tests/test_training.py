@@ -147,6 +147,7 @@ def test_same_seed_same_run_other_seed_other_run():
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in leaves)
 
 
+@pytest.mark.slow
 def test_the_length_of_an_epoch_changes_nothing_but_the_pool():
     """With true resets a run is the same whatever the number of iterations between two visits to the host."""
     always = training.dataclasses.replace(SMALL, reset="always", num_evals=0)
