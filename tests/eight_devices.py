@@ -50,7 +50,7 @@ def assert_close(tree, expected, tolerance=1e-5):
 
 
 def messages_of(module, config, sizes, **plan):
-    """Between devices in one iteration of the program that runs; the bytes of its policy and of all of its learner."""
+    """Between devices in one iteration of the program that runs, and the bytes of the parameters."""
     env, sizes = Counter(5), dataclasses.replace(sizes, iterations_per_epoch=1)
     schedule = make_schedule(env, sizes)
     schedule = schedule._replace(plan=schedule.plan._replace(**plan))
@@ -58,9 +58,8 @@ def messages_of(module, config, sizes, **plan):
     built = module.make(config, env.spec, schedule.plan)
     programs = compile_run(env, lambda varied: built, schedule, sizes, jax.random.key(0), {}, None, quiet())
     state = programs.abstract_state
-    policy = jax.eval_shape(lambda learner: built.policy(learner, "explore"), state.learner)
-    sizes = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (policy, state.learner))
-    return collectives(programs.epoch.as_text()), *sizes
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.learner.params))
+    return collectives(programs.epoch.as_text()), size
 
 
 def small(config):
@@ -77,15 +76,16 @@ WIDE = dataclasses.replace(SMALL, num_envs=256, unroll_length=64)
 
 @pytest.mark.parametrize(("name", "config"), SETTINGS)
 def test_one_iteration_sends_nothing_larger_than_the_parameters(name, config):
-    found, policy, learner = messages_of(importlib.import_module(ALGORITHMS[name]), config, WIDE)
-    assert any(c.kind == "all-reduce" and c.times > 1 and c.bytes > policy // 4 for c in found), "gradients"
-    assert max(c.bytes for c in found) <= learner < WIDE.num_envs * WIDE.unroll_length, found
+    found, size = messages_of(importlib.import_module(ALGORITHMS[name]), config, WIDE)
+    assert any(c.kind == "all-reduce" and c.times > 1 and c.bytes > size // 8 for c in found), "gradients"
+    # Scalars of metrics may travel with the gradients.
+    assert max(c.bytes for c in found) <= size + 64 < WIDE.num_envs * WIDE.unroll_length, found
     assert {c.kind for c in found} == {"all-reduce"}, found
 
 
 def test_a_shuffle_over_all_devices_would_be_seen():
-    found, _, learner = messages_of(ppo, small(ppo.Config()), WIDE, num_groups=1)
-    assert max(c.bytes for c in found) > learner or {c.kind for c in found} != {"all-reduce"}
+    found, size = messages_of(ppo, small(ppo.Config()), WIDE, num_groups=1)
+    assert max(c.bytes for c in found) > size + 64 or {c.kind for c in found} != {"all-reduce"}
 
 
 @pytest.mark.parametrize("config", [CONFIG, pytest.param(RECURRENT, marks=pytest.mark.slow)])
