@@ -90,13 +90,13 @@ def reproduce(arguments: list[str]) -> int:
     status = 0
     if words.report_only:
         require(any((out / program.folder).is_dir() for program in every), "--out", str(out), "it holds no run of this")
+        write_report()
     else:
         planned = plan([(program, pairs[program.title]) for program in every], chosen, out, words.quiet)
         say(words.quiet, f"{len(planned)} programs, {sum(one.finished for one in planned)} of them finished, in {out}")
         record = {"command": command, "study": {"name": study.name, "size": size}, "commit": commit()}
         write_report()  # what cannot be written fails here, not after hours
         status = run_all(planned, record, words.quiet, write_report, shlex.join(["rlx", "reproduce", *arguments]))
-    write_report()
     print(f"report: {targets[-1] / 'report.md'}")
     return status
 
