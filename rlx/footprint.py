@@ -62,7 +62,8 @@ def report(epoch: Any, evaluate: Any, state: Any, schedule: Schedule, num_runs: 
     where = f"{devices} ({jax.devices()[0].device_kind}{f'; {unused} more are not used' if unused else ''})"
     what = f"{plan.num_envs // plan.num_devices:,} environments each"
     if num_runs > 1:
-        what = f"{num_runs // schedule.num_run_devices} runs of {what}"
+        on_each = num_runs // schedule.num_run_devices
+        what = f"{on_each} run{'s' if on_each > 1 else ''} of {what}"
     if found[0] is None or found[1] is None:
         progress.message(f"{where}: {what}; it does not say what they take")
         return

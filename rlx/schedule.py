@@ -93,6 +93,9 @@ def make_schedule(env: Environment, config: TrainConfig, num_runs: int = 1) -> S
 def split_devices(config: TrainConfig, num_groups: int, num_runs: int) -> tuple[int, int]:
     """Over how many devices environments are split, and runs: of `num_devices` = 0, as many as divide them.
 
+    CPU devices share their cores: environments are split over them on request alone, for it made nothing faster; runs
+    on devices of their own are (`rlx.cli.programs.spread_over_cpu`).
+
     Raises UserError for a number that does not divide them.
     """
     found = len(jax.devices())
@@ -101,6 +104,9 @@ def split_devices(config: TrainConfig, num_groups: int, num_runs: int) -> tuple[
     require(0 <= wanted <= found, "num_devices", wanted, f"from 1 to {found}, or 0 for as many as can be used")
     require(config.split in ("auto", "envs", "runs"), "split", config.split, "auto, envs or runs")
     devices = wanted or found
+    cores = jax.devices()[0].platform == "cpu"  # of one machine, which one device can use too
+    if config.split == "auto" and cores and not wanted:
+        return 1, largest_divisor(num_runs, found)
     if config.split == "runs" or (config.split == "auto" and num_runs > 1 and num_runs % devices == 0):
         if not wanted:
             return 1, largest_divisor(num_runs, found)

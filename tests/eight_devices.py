@@ -51,7 +51,7 @@ def assert_close(tree, expected, tolerance=1e-5):
 
 def messages_of(module, config, sizes, **plan):
     """Between devices in one iteration of the program that runs, and the bytes of the parameters."""
-    env, sizes = Counter(5), dataclasses.replace(sizes, iterations_per_epoch=1)
+    env, sizes = Counter(5), dataclasses.replace(sizes, iterations_per_epoch=1, split="envs")
     schedule = make_schedule(env, sizes)
     schedule = schedule._replace(plan=schedule.plan._replace(**plan))
     assert schedule.num_devices == NUM_DEVICES
@@ -210,8 +210,9 @@ def test_sizes_that_do_not_split_are_refused(change, message):
 
 @pytest.mark.parametrize(
     ("num_envs", "num_groups", "num_runs", "split", "expected"),
-    [(16, 0, 1, "auto", (8, 1)), (12, 0, 1, "auto", (4, 1)), (5, 0, 1, "auto", (1, 1)), (18, 6, 1, "auto", (6, 1))]
-    + [(16, 0, 16, "auto", (1, 8)), (16, 0, 12, "auto", (8, 1)), (16, 0, 12, "runs", (1, 6))],
+    [(16, 0, 1, "envs", (8, 1)), (12, 0, 1, "envs", (4, 1)), (5, 0, 1, "envs", (1, 1)), (18, 6, 1, "envs", (6, 1))]
+    + [(16, 0, 16, "auto", (1, 8)), (16, 0, 12, "envs", (8, 1)), (16, 0, 12, "runs", (1, 6))]
+    + [(16, 0, 1, "auto", (1, 1)), (16, 0, 12, "auto", (1, 6)), (16, 0, 3, "auto", (1, 3))],
 )
 def test_without_a_number_as_many_devices_are_used_as_divide(num_envs, num_groups, num_runs, split, expected):
     sizes = dataclasses.replace(SMALL, num_envs=num_envs, num_groups=num_groups, split=split)
@@ -221,7 +222,7 @@ def test_without_a_number_as_many_devices_are_used_as_divide(num_envs, num_group
 
 def test_minibatches_that_would_need_parts_of_a_group_are_refused():
     env = Counter(5)
-    plan = make_schedule(env, SMALL).plan
+    plan = make_schedule(env, dataclasses.replace(SMALL, split="envs")).plan
     config = dataclasses.replace(RECURRENT, num_minibatches=4)
     with pytest.raises(UserError, match="8 devices need whole groups"):
         training.build_algorithm(ppo, config, env, plan)

@@ -93,8 +93,8 @@ class Rlx:
         return self.process.returncode, out.decode(), self.err
 
 
-def train(name: str, folder: Path, checkpoints: int = CHECKPOINTS) -> Rlx:
-    sizes = [*SIZES.split(), "--num-checkpoints", checkpoints]
+def train(name: str, folder: Path, checkpoints: int = CHECKPOINTS, num_seeds: int = 1) -> Rlx:
+    sizes = [*SIZES.split(), "--num-checkpoints", checkpoints, "--num-seeds", num_seeds]
     return Rlx("train", name, *RUNS[name].split(), *sizes, "--run-dir", folder)
 
 
@@ -102,7 +102,7 @@ def resume(folder: Path) -> str:
     """Goes on to the end; what it said on stderr."""
     status, out, err = Rlx("resume", folder).finish()
     assert status == 0, err
-    assert out.startswith("done: ")
+    assert out.splitlines()[-1].startswith("done: ")
     return err
 
 
@@ -255,3 +255,18 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(whole, nam
         run.kill()
     resume(folder)
     assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_seeds_in_one_program_have_devices_of_their_own_and_end_as_if_no_kill_had_happened(name, tmp_path):
+    for folder in ("whole", "killed"):
+        run = train(name, tmp_path / folder, num_seeds=3)
+        if folder == "whole":
+            assert run.finish()[0] == 0
+        else:
+            run.read(REPORT, times=55)
+            run.kill()
+    err = resume(tmp_path / "killed")
+    assert "resuming at step" in err and "3 devices (cpu): 1 run of" in err and "begun on" not in err
+    for seed in (3, 4, 5):
+        assert_same_run(tmp_path / "killed" / f"seed-{seed}", tmp_path / "whole" / f"seed-{seed}")

@@ -1,9 +1,11 @@
-"""One program of a sweep or a study: begun, gone on with, or found finished."""
+"""Programs of many runs: their devices on a CPU; those of a sweep or a study begun, gone on with or found finished."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,28 @@ from rlx.logging import FINISHED, RUNS, Progress, write_atomically
 
 if TYPE_CHECKING:
     from rlx.recording import StopSignal
+
+
+MOST_CPU_DEVICES = 32
+
+
+def spread_over_cpu(nums_of_runs: Iterable[int]) -> None:
+    """Gives JAX a CPU device for every run of a program (programs of so many runs), up to 32, before JAX begins.
+
+    On one device many runs are one batch, whose small matrix products XLA works off one after another, on a core and a
+    half of two. A device each runs the unbatched program; two cores then train 1.5 to 2.8 times as fast (measured with
+    3 to 16 runs of CheetahRun, CartPole and Pendulum). Devices of another kind are used before these; who names a
+    number (JAX_NUM_CPU_DEVICES, XLA_FLAGS) keeps it, as does a process whose JAX has begun.
+    """
+    import jax
+
+    from rlx.schedule import largest_divisor
+
+    named = jax.config.values["jax_num_cpu_devices"] >= 0 or "host_platform_device_count" in os.getenv("XLA_FLAGS", "")
+    if not named:
+        with contextlib.suppress(RuntimeError):
+            count = max(largest_divisor(number, MOST_CPU_DEVICES) for number in nums_of_runs)
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def finished(place: Path) -> bool:

@@ -23,6 +23,7 @@ from rlx.cli.pairs import (
     start_policy,
     with_overrides,
 )
+from rlx.cli.programs import spread_over_cpu
 from rlx.cli.sweeps import go_on, is_sweep
 from rlx.errors import require
 from rlx.logging import Progress, RunDirectory, run_directories, versions
@@ -57,6 +58,8 @@ def train(arguments: list[str]) -> int:
         require(options.num_seeds >= 1, "num_seeds", options.num_seeds, "at least 1")
         many = options.num_seeds > 1
         require(not (many and options.wandb), "--wandb", options.wandb, "it takes one run at a time")
+        if many:
+            spread_over_cpu([options.num_seeds])
         run_dir = Path(options.run_dir or default_run_dir(pair, train_config.seed)).absolute()
         say(quiet, f"{pair.algorithm} on {pair.env}, seed {train_config.seed}, in {run_dir}")
         say(quiet, settings.describe(merged))
@@ -124,6 +127,8 @@ def resume(arguments: list[str]) -> int:
             return go_on(Path(options.run_dir).absolute(), shown)
     members = run_directories(options.run_dir)
     recorded = RunDirectory.open(members[0]).config
+    if len(members) > 1:
+        spread_over_cpu([len(members)])
     with Progress(quiet=options.quiet) as shown:
         with shown.phase("building"):
             run = load_run(members[0])

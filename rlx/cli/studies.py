@@ -26,7 +26,7 @@ from rlx.cli.pairs import (
     warn_of_changes,
     with_overrides,
 )
-from rlx.cli.programs import failures, finished, train_program
+from rlx.cli.programs import failures, finished, spread_over_cpu, train_program
 from rlx.errors import UserError, require
 from rlx.logging import RUNS, Progress, RunDirectory, run_directories
 from rlx.machine import commit
@@ -114,6 +114,8 @@ def plan(every: Sequence[tuple[Program, Pair]], chosen: Sequence[Program], out: 
             planned = [one for one in planned if one.program in chosen]
             from rlx.schedule import make_schedule
             from rlx.training import build_algorithm
+
+            spread_over_cpu([len(one.runs) for one in planned])
         with shown.phase("building"):
             for one in planned:
                 if not one.finished:

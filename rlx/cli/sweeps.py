@@ -26,7 +26,7 @@ from rlx.cli.pairs import (
     warn_of_changes,
     with_overrides,
 )
-from rlx.cli.programs import failures, finished, train_program
+from rlx.cli.programs import failures, finished, spread_over_cpu, train_program
 from rlx.errors import UserError, require
 from rlx.logging import FAILED, Progress, RunDirectory, read_metrics, versions, write_atomically
 
@@ -80,6 +80,7 @@ def sweep(arguments: list[str]) -> int:
         }
         folder = Path(options.run_dir or default_run_dir(pair, space.seed)).absolute()
         RunDirectory.check_free(folder)
+        spread_over_cpu([len(program["runs"]) for program in content["programs"]])
         with shown.phase("building"):
             check(content, algorithm)
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +160,7 @@ def go_on(folder: Path, shown: Progress) -> int:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(folder / FILE)!r} is damaged: {error!r}.") from error
     require(found == FORMAT, "format", found, f"{FORMAT}: {str(folder / FILE)!r} is of another version of rlx")
+    spread_over_cpu([len(program["runs"]) for program in content["programs"]])
     algorithm = load_algorithm(recorded_pair(content["programs"][0]["pair"]))
     shown.close()  # each program has a bar of its own
     places = [folder / program["name"] for program in content["programs"]]
