@@ -66,7 +66,11 @@ def make_epoch(
 
     def epoch(state: TrainState) -> tuple[TrainState, EpochMetrics]:
         _, _, pool_key, _ = jax.random.split(state.key, 4)
-        state = state._replace(source=source.refresh(state.source, jax.random.fold_in(pool_key, state.iteration)))
+        refreshed = source.refresh(state.source, jax.random.fold_in(pool_key, state.iteration))
+        if state.stopped is not None:
+            running = state.stopped < 0
+            refreshed = jax.tree.map(lambda new, old: jnp.where(running, new, old), refreshed, state.source)
+        state = state._replace(source=refreshed)
         count = jnp.minimum(iterations_per_epoch, plan.num_iterations - state.iteration)
         after, shapes = jax.eval_shape(iterate, state)
         check_fixed_point("the state of the run", state, after)

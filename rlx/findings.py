@@ -60,7 +60,7 @@ def machine_of(recorded: Mapping[str, Any]) -> str:
     """Kind of device, cores, engine of the physics; no names."""
     machine = recorded.get("machine", {})
     kinds = Counter(machine.get("devices", []))
-    devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    devices = ", ".join(kind if kind == "cpu" else f"{count} x {kind}" for kind, count in kinds.items())
     engine = f", physics {recorded['physics']}" if recorded.get("physics") not in (None, "", "auto") else ""
     return f"{devices}, {machine.get('cores', '?')} cores{engine}"
 

@@ -58,7 +58,7 @@ def report(epoch: Any, evaluate: Any, state: Any, schedule: Schedule, num_runs: 
     plan, free = schedule.plan, free_memory(schedule.num_devices)
     found = [memory(program) for program in (epoch, evaluate)]
     devices = f"{schedule.num_devices} device{'s' if schedule.num_devices > 1 else ''}"
-    unused = len(jax.devices()) - schedule.num_devices
+    unused = 0 if jax.devices()[0].platform == "cpu" else len(jax.devices()) - schedule.num_devices
     where = f"{devices} ({jax.devices()[0].device_kind}{f'; {unused} more are not used' if unused else ''})"
     what = f"{plan.num_envs // plan.num_devices:,} environments each"
     if num_runs > 1:

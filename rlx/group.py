@@ -91,11 +91,32 @@ def take(tree: PyTree, index: int) -> PyTree:
     return jax.tree.map(lambda x: x[index], tree)
 
 
-def one_run(state: Any, index: int) -> Any:
-    """Run `index` of a TrainState that holds many, as if it were alone; where it was stopped, as it was then."""
-    learner, source, key, stopped = take((state.learner, state.source, state.key, state.stopped), index)
-    iteration = jnp.where(stopped < 0, state.iteration, stopped)
-    return state._replace(learner=learner, source=source, key=key, iteration=iteration, stopped=None)
+def unstack(tree: PyTree, count: int) -> list[PyTree]:
+    """The parts of leaves [count, ...], as arrays on the host (keys on the first device).
+
+    Indexed where they lie, on several devices, each part would be gathered on all of them.
+    """
+
+    def parts(leaf: jax.Array) -> list[Any]:
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return list(jax.device_get(leaf))
+        rows = jax.device_get(jax.random.key_data(leaf))
+        return [jax.random.wrap_key_data(jnp.asarray(row), impl=jax.random.key_impl(leaf)) for row in rows]
+
+    leaves, structure = jax.tree.flatten(tree)
+    each = zip(*map(parts, leaves), strict=True) if leaves else [()] * count
+    return [jax.tree.unflatten(structure, own) for own in each]
+
+
+def of_each(state: Any) -> list[Any]:
+    """The runs of a TrainState that holds many, as if each were alone; where one was stopped, as it was then."""
+    stopped = state.stopped.tolist()
+    kept = unstack((state.learner, state.source, state.key), len(stopped))
+    iterations = [int(state.iteration) if at < 0 else at for at in stopped]
+    return [
+        state._replace(learner=learner, source=source, key=key, iteration=jnp.asarray(at, jnp.int32), stopped=None)
+        for (learner, source, key), at in zip(kept, iterations, strict=True)
+    ]
 
 
 class Best(NamedTuple):
@@ -216,16 +237,18 @@ class GroupRecorder:
         return rows
 
     def save(self, iteration: int, state: Any) -> None:
+        for name, stopped in zip(self.members, state.stopped.tolist(), strict=True):
+            if stopped >= 0 and name not in self.failed:  # no metric showed it
+                self._fail(name, iteration, NonFiniteError("the learner is not finite"))
         if self._checkpointer:
             self._checkpointer.save(iteration * self._steps_per_iteration, (state, self._best))
 
-    def save_each(self, state: Any) -> None:
+    def save_each(self, states: Sequence[Any]) -> None:
         """Every run's state and best policy in its own directory, as a run alone leaves them."""
-        for index, directory in enumerate(self._directories.values()):
+        each = unstack(self._best, len(states)) if self._directories else ()
+        for directory, own, best in zip(self._directories.values(), states, each, strict=False):
             keeper = open_checkpoints(directory, self._keep)
-            own = one_run(state, index)
             keeper.save(int(own.iteration) * self._steps_per_iteration, own)
-            best = take(self._best, index)
             if np.isfinite(best.value):
                 keeper.save_best(int(best.step[0]) + (int(best.step[1]) << 32), best.policy, float(best.value))
             keeper.close()

@@ -76,9 +76,11 @@ def _draw_curve(panel: Any, result: Result, study: Study) -> dict[str, Any]:
     name, env = result.program.variant, result.program.env
     color, shown = color_of(study, name), {}
     runs = [run for run in result.runs if not run.error and run.steps]
-    if runs:
-        steps = np.array(runs[0].steps) / MILLION
-        values = np.array([run.returns for run in runs if run.steps == runs[0].steps])
+    points = [dict(zip(run.steps, run.returns, strict=True)) for run in runs]
+    common = sorted(set.intersection(*map(set, points))) if runs else []  # evaluations of one may not be finite
+    if common:
+        steps = np.array(common) / MILLION
+        values = np.array([[of_run[step] for step in common] for of_run in points])
         middle = values[0]
         if len(values) > 1:
             middle, low, high = iqm_band(values)

@@ -109,10 +109,14 @@ def read(program: Program, out: Path) -> Result:
 
 
 def minutes_of(rows: Iterable[Mapping[str, float]]) -> float:
-    """Minutes of training of a run; its clock starts anew where it was resumed."""
-    clock = [row["time/elapsed"] for row in rows if "time/elapsed" in row]
-    gains = [now - before if now >= before else now for before, now in zip([0.0, *clock], clock, strict=False)]
-    return float(sum(gains)) / 60
+    """Minutes of training of a run; its clock starts anew where it was resumed, as does what it says of compiling."""
+    total = last = 0.0
+    for row in rows:
+        now = row.get("time/elapsed", 0.0)
+        if "time/compiling" in row or now < last:
+            total, last = total + last, 0.0
+        last = max(last, now)
+    return (total + last) / 60
 
 
 def statistics(result: Result) -> Scores:

@@ -12,6 +12,7 @@ from rlx import settings
 from rlx.algorithm import Plan
 from rlx.environment import Environment
 from rlx.errors import require
+from rlx.sharding import same_on_any_device
 
 MAX_STEPS_PER_EPOCH = 2**19  # seconds on a CPU: a signal is answered at an epoch's end
 
@@ -29,7 +30,7 @@ class TrainConfig:
     reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of drawn states, or anew
     reset_pool_size: int = 128  # states in that pool, a quarter of which is drawn anew once an epoch
     num_groups: int = 0  # of environments, each shuffled by itself, whole on a device; 0: a power of 2 up to 32
-    num_devices: int = 0  # over which environments, or the runs of one program, are split; 0: as many as divide them
+    num_devices: int = 0  # over which environments, or the runs of one program, are split; 0: as many as it can
     split: Literal["auto", "envs", "runs"] = "auto"  # what is split; auto: runs where they divide by the devices
     stagger: bool = True  # cut first episodes at random, so that environments do not start all later ones together
     num_checkpoints: int = 10  # saves, evenly spaced, the last at the end
@@ -91,10 +92,11 @@ def make_schedule(env: Environment, config: TrainConfig, num_runs: int = 1) -> S
 
 
 def split_devices(config: TrainConfig, num_groups: int, num_runs: int) -> tuple[int, int]:
-    """Over how many devices environments are split, and runs: of `num_devices` = 0, as many as divide them.
+    """Over how many devices environments are split, and runs: with `num_devices` = 0 over as many as divide them.
 
-    CPU devices share their cores: environments are split over them on request alone, for it made nothing faster; runs
-    on devices of their own are (`rlx.cli.programs.spread_over_cpu`).
+    `split` = "auto": runs where they divide by the devices, else environments. CPU devices share their cores; there
+    runs alone are split, over as many devices as divide them (`rlx.cli.programs.spread_over_cpu` says why).
+    Environments are on request: on two cores it made nothing faster.
 
     Raises UserError for a number that does not divide them.
     """
@@ -104,9 +106,8 @@ def split_devices(config: TrainConfig, num_groups: int, num_runs: int) -> tuple[
     require(0 <= wanted <= found, "num_devices", wanted, f"from 1 to {found}, or 0 for as many as can be used")
     require(config.split in ("auto", "envs", "runs"), "split", config.split, "auto, envs or runs")
     devices = wanted or found
-    cores = jax.devices()[0].platform == "cpu"  # of one machine, which one device can use too
-    if config.split == "auto" and cores and not wanted:
-        return 1, largest_divisor(num_runs, found)
+    if config.split == "auto" and jax.devices()[0].platform == "cpu" and not wanted:
+        return 1, largest_divisor(num_runs, found) if same_on_any_device() else 1
     if config.split == "runs" or (config.split == "auto" and num_runs > 1 and num_runs % devices == 0):
         if not wanted:
             return 1, largest_divisor(num_runs, found)

@@ -24,6 +24,12 @@ Kind = TypeVar("Kind", bound=type)
 _PER_ENV: set[type] = set()
 
 
+def same_on_any_device() -> bool:
+    """Whether random numbers do not depend on the number of devices."""
+    values = jax.config.values
+    return bool(values["jax_threefry_partitionable"]) and values["jax_default_prng_impl"] == "threefry2x32"
+
+
 def make_mesh(num_devices: int) -> Mesh | None:
     """A mesh over the first `num_devices` devices; None for one, where nothing is to be split.
 
@@ -31,9 +37,8 @@ def make_mesh(num_devices: int) -> Mesh | None:
     """
     if num_devices == 1:
         return None
-    values = jax.config.values
-    generator = values["jax_default_prng_impl"] if values["jax_threefry_partitionable"] else "not partitionable"
-    require(generator == "threefry2x32", "jax_default_prng_impl", generator, "threefry2x32, jax_threefry_partitionable")
+    generator = jax.config.values["jax_default_prng_impl"]
+    require(same_on_any_device(), "jax_default_prng_impl", generator, "threefry2x32, with jax_threefry_partitionable")
     return Mesh(jax.devices()[:num_devices], AXIS)
 
 

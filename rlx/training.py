@@ -240,16 +240,16 @@ def train_many(
             state = programs.init(key, varied, init_policy)
         with progress.phase("training"):
             state = run_epochs(programs, varied, schedule, train_config, state, recorder, stop, after_epoch)
+        states = group.of_each(state)
         with progress.phase("writing the runs' own checkpoints"):
-            recorder.save_each(state)
+            recorder.save_each(states)
         recorder.check_any()
     interrupted = int(state.iteration) < plan.num_iterations
     for directory in directories:
         draw_curve(directory, progress)
     found = {}
-    for index, (name, member) in enumerate(recorder.members.items()):
-        own = group.one_run(state, index)
-        policy = built[index].policy(own.learner, "greedy")
+    for own, of_run, (name, member) in zip(states, built, recorder.members.items(), strict=True):
+        policy = of_run.policy(own.learner, "greedy")
         found[name] = Run(own, member.history, policy, interrupted, recorder.failed.get(name, ""))
     return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -140,8 +141,9 @@ def test_native_physics_steps_on_every_device():
 
 
 def test_the_state_is_donated():
-    env, sizes = Counter(5), SMALL
+    env, sizes = Counter(5), dataclasses.replace(SMALL, split="envs")
     schedule = make_schedule(env, sizes)
+    assert schedule.num_devices == NUM_DEVICES
     built = ppo.make(CONFIG, env.spec, schedule.plan)
     programs = compile_run(env, lambda varied: built, schedule, sizes, jax.random.key(0), {}, None, quiet())
     state = programs.init(jax.random.key(0), {}, None)
@@ -210,14 +212,31 @@ def test_sizes_that_do_not_split_are_refused(change, message):
 
 @pytest.mark.parametrize(
     ("num_envs", "num_groups", "num_runs", "split", "expected"),
-    [(16, 0, 1, "envs", (8, 1)), (12, 0, 1, "envs", (4, 1)), (5, 0, 1, "envs", (1, 1)), (18, 6, 1, "envs", (6, 1))]
-    + [(16, 0, 16, "auto", (1, 8)), (16, 0, 12, "envs", (8, 1)), (16, 0, 12, "runs", (1, 6))]
-    + [(16, 0, 1, "auto", (1, 1)), (16, 0, 12, "auto", (1, 6)), (16, 0, 3, "auto", (1, 3))],
+    [(16, 0, 1, "auto", (8, 1)), (12, 0, 1, "auto", (4, 1)), (5, 0, 1, "auto", (1, 1)), (18, 6, 1, "auto", (6, 1))]
+    + [(16, 0, 16, "auto", (1, 8)), (16, 0, 12, "auto", (8, 1)), (16, 0, 12, "runs", (1, 6))],
 )
-def test_without_a_number_as_many_devices_are_used_as_divide(num_envs, num_groups, num_runs, split, expected):
+def test_without_a_number_as_many_devices_are_used_as_divide(
+    num_envs, num_groups, num_runs, split, expected, monkeypatch
+):
+    devices = [types.SimpleNamespace(platform="tpu")] * NUM_DEVICES
+    monkeypatch.setattr(jax, "devices", lambda: devices)
     sizes = dataclasses.replace(SMALL, num_envs=num_envs, num_groups=num_groups, split=split)
     schedule = make_schedule(Counter(5), sizes, num_runs)
     assert (schedule.plan.num_devices, schedule.num_run_devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_runs", "split", "expected"),
+    [(1, "auto", (1, 1)), (12, "auto", (1, 6)), (3, "auto", (1, 3)), (11, "auto", (1, 1)), (1, "envs", (8, 1))],
+)
+def test_on_a_cpu_runs_are_split_and_environments_on_request_alone(num_runs, split, expected):
+    schedule = make_schedule(Counter(5), dataclasses.replace(SMALL, split=split), num_runs)
+    assert (schedule.plan.num_devices, schedule.num_run_devices) == expected
+
+
+def test_runs_are_not_split_unasked_where_random_numbers_would_change():
+    with jax.default_prng_impl("rbg"):
+        assert make_schedule(Counter(5), SMALL, 8).num_run_devices == 1
 
 
 def test_minibatches_that_would_need_parts_of_a_group_are_refused():

@@ -341,3 +341,17 @@ def test_the_doctor_goes_on_after_a_check_that_fails(monkeypatch):
     monkeypatch.setattr("rlx.doctor.check_devices", broken)
     lines = list(examine())
     assert lines[1] == "devices       FAILS: OSError: no such device" and len(lines) == 10
+
+
+@pytest.mark.parametrize(
+    ("variables", "before", "expected"),
+    [({}, "", 32), ({"JAX_NUM_CPU_DEVICES": "2"}, "", 2), ({}, "jax.devices()", 1)]
+    + [({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, "", 3)],
+)
+def test_programs_of_many_runs_have_cpu_devices_unless_a_number_is_named(variables, before, expected):
+    code = f"import jax; {before}\nfrom rlx.cli.programs import spread_over_cpu; spread_over_cpu()\n"
+    code += "print(len(jax.devices()))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | variables
+    )
+    assert int(found.stdout) == expected

@@ -195,7 +195,7 @@ def breaking(shown=True):
         def update(learner, trajectory, iteration, key):
             added = jnp.where(iteration >= config.breaks_at, jnp.nan, config.rate)
             learner = learner._replace(bias=learner.bias + added)
-            return learner, {"bias": learner.bias if shown else jnp.ones(())}
+            return learner, {} if shown is None else {"bias": learner.bias if shown else jnp.ones(())}
 
         return base._replace(update=update)
 
@@ -220,9 +220,19 @@ def test_a_run_that_is_not_finite_stops_and_the_others_never_notice(tmp_path, pe
     assert json.loads((tmp_path / "b/failed.json").read_text())["step"] == next(end for end in ends if end > 96)
     assert float(found["b"].state.learner.bias) == 3.5 and int(found["b"].state.iteration) == 3
     assert Checkpointer(tmp_path / "b/checkpoints").steps() == [96]
+    if per_epoch == 1:  # later epochs leave its reset pool alone, too
+        shorter = {name: (dataclasses.replace(small, total_steps=128), own) for name, (_, own) in runs.items()}
+        assert_same_state(many(shorter, module=breaking(shown))["b"].state.source, found["b"].state.source)
     resumed = many(runs, tmp_path, module=breaking(shown), resume=True)
     assert resumed["b"].error == found["b"].error and len(resumed["b"].history) == len(rows)
     assert_same_state(found["c"].state, resumed["c"].state)
+
+
+def test_a_learner_without_metrics_that_is_not_finite_is_seen_at_the_next_save(tmp_path):
+    runs = {name: (SMALL, Breaking(breaks_at=at)) for name, at in (("a", 1e9), ("b", 3.0))}
+    found = many(runs, tmp_path, module=breaking(shown=None))
+    assert (found["a"].error, found["b"].error) == ("", "the learner is not finite")
+    assert json.loads((tmp_path / "b/failed.json").read_text())["error"] == found["b"].error
 
 
 def test_where_every_run_has_failed_that_is_the_error(tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import os
 import sys
 from typing import Any, NamedTuple
 
@@ -109,7 +108,8 @@ ROUNDING, OF_ACCELERATION = 6e-5, 2e-4
 # limits all contacts of Humanoid are the same and nine states of ten agree to 1e-5 (two stay off, by 3 % and 24 %,
 # unexplained). Finger and Walker stop their solver after two iterations: with a hundred Finger's worst difference falls
 # from 4e-3 to 2e-5, and Walker's, whose model has the limits too (4 pairs, 4 points), from 0.13 to 0.012 without them
-# and then to 1e-5. So three states of four must agree to rounding, as elsewhere, and nine of ten to a tenth of the range.
+# and then to 1e-5. So three states of four must agree to rounding, as elsewhere, and nine of ten to a tenth of the
+# range.
 UNLIKE = ("Finger", "Hopper", "Walker", "Humanoid")
 
 
@@ -200,7 +200,6 @@ def test_an_environment_that_diverges_is_truncated_where_it_was_and_the_others_n
 
 def test_the_option_for_threads_reaches_the_engine():
     assert adapter("PendulumSwingup", "mujoco", physics_threads=3).engine.threads == 3
-    assert adapter("PendulumSwingup", "mujoco").engine.threads == len(os.sched_getaffinity(0))
 
 
 MOVED = """this version of Playground or MJX has another {name}: look whether envs.playground.simulated_by, which

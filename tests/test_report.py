@@ -89,7 +89,7 @@ def test_a_report_says_what_was_run_and_how_it_stands(tmp_path):
     assert "**not comparable**, 1 of 3 runs met a NaN" in text and "seed 1, stopped: loss is nan" in text
     for part in (
         COMMAND,
-        "1 x cpu, 2 cores, physics mujoco",
+        "cpu, 2 cores, physics mujoco",
         "abc123",
         "tuned on 100",
         "algo.gamma = 0.9",

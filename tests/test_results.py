@@ -63,6 +63,9 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_a_clock_that_began_anew_after_a_resume_is_added():
     rows = [{"step": 0}, *({"step": 1, "time/elapsed": clock} for clock in (60.0, 120.0, 30.0, 90.0))]
     assert minutes_of(rows) == pytest.approx((120.0 + 90.0) / 60)
+    slower = [{"step": 0, "time/compiling": 9.0}, {"step": 1, "time/elapsed": 60.0}]
+    slower += [{"step": 2, "time/compiling": 9.0, "time/elapsed": 65.0}, {"step": 3, "time/elapsed": 70.0}]
+    assert minutes_of(slower) == pytest.approx((60.0 + 70.0) / 60)
 
 
 def test_statistics_by_hand_and_of_too_few_runs(tmp_path):

@@ -200,6 +200,23 @@ def test_a_signal_between_programs_stops_the_sweep_and_it_goes_on_from_there(tmp
     assert "num_epochs=2" in capsys.readouterr().out
 
 
+def test_a_program_that_is_refused_does_not_keep_the_others_from_running(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real = training.train_many
+
+    def refused(env, algorithm, runs, **keywords):
+        if next(iter(runs.values()))[1].num_epochs == 1:
+            raise UserError("too large")
+        return real(env, algorithm, runs, **keywords)
+
+    monkeypatch.setattr(training, "train_many", refused)
+    command = ["sweep", "ppo", "gymnax/Pendulum-v1", "--run-dir", "s", *SIZES, "--grid", "algo.num_epochs=1,2"]
+    assert cli.main(command) == 1
+    out, err = capsys.readouterr()
+    assert "program-0 is refused: too large" in out + err and "num_epochs=2" in out
+    assert Path("s/program-1/finished.json").exists() and not Path("s/program-0/finished.json").exists()
+
+
 @pytest.mark.parametrize(("text", "message"), [("{", "damaged"), ("{}", "damaged"), ('{"format": 9}', "format = 9")])
 def test_a_sweep_that_cannot_be_read_is_said(tmp_path, capsys, text, message):
     (tmp_path / "sweep.json").write_text(text)

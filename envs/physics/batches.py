@@ -60,18 +60,18 @@ class Batches:
     Calls at the same time (one a device) do not meet: each takes a batch of its own.
     """
 
-    def __init__(self, model: mujoco.MjModel, threads: int):
-        self.threads = threads
+    def __init__(self, model: mujoco.MjModel):
         self._model, self._lock = model, threading.Lock()
-        self._free: dict[tuple[int, tuple[str, ...]], list[Batch]] = {}
+        self._free: dict[tuple[int, int, tuple[str, ...]], list[Batch]] = {}
         try:
-            self._free[1, ()] = [Batch(model, 1, threads)]
+            self._free[1, 1, ()] = [Batch(model, 1, 1)]
         except ValueError as error:
             raise UserError(f"physics = 'mujoco' cannot simulate this model: {error}") from error
         _all.add(self)
 
     def run(
         self,
+        threads: int,
         substeps: int,
         fields: Sequence[str],
         overridden: tuple[str, ...],
@@ -87,7 +87,7 @@ class Batches:
         """
         state, out, failed = (x.reshape(-1, *x.shape[-1:]) for x in (state, out, failed[..., None]))
         size, width = state.shape
-        with self._take(size, overridden) as batch:
+        with self._take(threads, size, overridden) as batch:
             bound = [batch.bind(field) for field in fields]  # before the call: fresh ones are zero until the next
             if overrides:
                 write_overrides(batch, overridden, [x.reshape(size, -1) for x in overrides])
@@ -112,14 +112,14 @@ class Batches:
             out[bad, width:] = 0
 
     @contextlib.contextmanager
-    def _take(self, size: int, overridden: tuple[str, ...]) -> Iterator[Batch]:
+    def _take(self, threads: int, size: int, overridden: tuple[str, ...]) -> Iterator[Batch]:
         """A batch of `size` simulations, whose fields `overridden` are its own; after an error it is thrown away."""
-        key = (size, overridden)
+        key = (threads, size, overridden)
         with self._lock:
             free = self._free.setdefault(key, [])
             batch = free.pop() if free else None
         if batch is None:
-            batch = Batch(self._model, size, self.threads)
+            batch = Batch(self._model, size, threads)
         yield batch
         with self._lock:
             free.append(batch)

@@ -118,8 +118,9 @@ def layout(fields: Sequence[str], like: mujoco.MjData, start: int = 0) -> list[P
 class Native:
     """See `envs.physics.Engine`. Not differentiable.
 
-    `threads`: 0 for all usable cores, shared out over the CPU devices of jax. Raises UserError for a model whose state
-    is not all in the integration state, or that needs memory of its own for each simulation (sleep, say).
+    `threads`: 0 for all usable cores, shared out over the devices of the program that calls. Raises UserError for a
+    model whose state is not all in the integration state, or that needs memory of its own for each simulation (sleep,
+    say).
     """
 
     name = "mujoco"
@@ -135,9 +136,8 @@ class Native:
             raise UserError("the native engine cannot carry this model's state: it has parts that mjx.Data has not.")
         public = {f.name for f in dataclasses.fields(mjx.Data)}
         self._derivable = sorted(DATA_FIELDS & public - {*STATE, *NEVER_COMPUTED})
-        devices = len(jax.local_devices(backend="cpu"))
-        self.threads = threads or max(1, usable_cores() // devices)
-        self._batches = Batches(mj_model, self.threads)
+        self.threads = threads
+        self._batches = Batches(mj_model)
 
     def bind(self, *fields: str) -> None:
         """Computes these derived fields too from now on. Raises UserError for one that MuJoCo does not have."""
@@ -179,12 +179,19 @@ class Native:
         derived = layout(self.fields, self._like, width)
         row = jax.ShapeDtypeStruct((derived[-1].stop if derived else width,), jnp.float32)
         overrides = replaced(self.model, model)
-        run = functools.partial(self._batches.run, substeps, self.fields, tuple(overrides))
+        threads = self.threads or max(1, usable_cores() // calling_devices())
+        run = functools.partial(self._batches.run, threads, substeps, self.fields, tuple(overrides))
         host_call = through_buffers if jax.default_backend() == "cpu" else through_copies
         simulate = without_gradient(host_call(run, (row, jax.ShapeDtypeStruct((), bool))))
         out, failed = simulate(state, *overrides.values())
         fields = {p.name: out[p.start : p.stop].reshape(p.shape).astype(p.dtype) for p in (*self._state, *derived)}
         return data.replace(**fields, _impl=NativeData(failed | data._impl.diverged))
+
+
+def calling_devices() -> int:
+    """Of this host, at once: those of the `shard_map` that is being traced."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else max(1, mesh.size // jax.process_count())
 
 
 def through_buffers(simulate: Callable[..., None], result: Any) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from rlx.recording import StopSignal
 
 
-MOST_CPU_DEVICES = 32
+CPU_DEVICES = 32
 
 
-def spread_over_cpu(nums_of_runs: Iterable[int]) -> None:
-    """Gives JAX a CPU device for every run of a program (programs of so many runs), up to 32, before JAX begins.
+def spread_over_cpu() -> None:
+    """Gives JAX 32 CPU devices, before it begins: one for every run of a program of up to so many.
 
     On one device many runs are one batch, whose small matrix products XLA works off one after another, on a core and a
     half of two. A device each runs the unbatched program; two cores then train 1.5 to 2.8 times as fast (measured with
@@ -29,13 +29,10 @@ def spread_over_cpu(nums_of_runs: Iterable[int]) -> None:
     """
     import jax
 
-    from rlx.schedule import largest_divisor
-
-    named = jax.config.values["jax_num_cpu_devices"] >= 0 or "host_platform_device_count" in os.getenv("XLA_FLAGS", "")
-    if not named:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.config.values["jax_num_cpu_devices"] < 0 and "host_platform_device_count" not in flags:
         with contextlib.suppress(RuntimeError):
-            count = max(largest_divisor(number, MOST_CPU_DEVICES) for number in nums_of_runs)
-            jax.config.update("jax_num_cpu_devices", count)
+            jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
 def finished(place: Path) -> bool:

@@ -45,6 +45,8 @@ def train(arguments: list[str]) -> int:
         return 0 if wants_help else 2
     quiet = wants_help or "--quiet" in arguments
     pair = find_pair(*arguments[:2])
+    if any(word.startswith("--num-seeds") for word in arguments):
+        spread_over_cpu()  # before a file of the user's begins JAX, here as in `resume`
     with Progress(quiet=quiet) as shown:
         with shown.phase("importing"):
             algorithm = load_algorithm(pair)
@@ -58,8 +60,6 @@ def train(arguments: list[str]) -> int:
         require(options.num_seeds >= 1, "num_seeds", options.num_seeds, "at least 1")
         many = options.num_seeds > 1
         require(not (many and options.wandb), "--wandb", options.wandb, "it takes one run at a time")
-        if many:
-            spread_over_cpu([options.num_seeds])
         run_dir = Path(options.run_dir or default_run_dir(pair, train_config.seed)).absolute()
         say(quiet, f"{pair.algorithm} on {pair.env}, seed {train_config.seed}, in {run_dir}")
         say(quiet, settings.describe(merged))
@@ -118,7 +118,9 @@ def resume(arguments: list[str]) -> int:
     """`rlx resume RUN_DIR`."""
     parser = argparse.ArgumentParser("rlx resume", description="Go on with a run that was stopped.", allow_abbrev=False)
     parser.add_argument("run_dir")
-    parser.add_argument("--num-devices", type=int, metavar="N", help="others than the run was begun with; 0: all")
+    parser.add_argument(
+        "--num-devices", type=int, metavar="N", help="others than it was begun with; 0: as many as it can"
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
     options = parser.parse_args(arguments)
     if is_sweep(options.run_dir):
@@ -128,7 +130,7 @@ def resume(arguments: list[str]) -> int:
     members = run_directories(options.run_dir)
     recorded = RunDirectory.open(members[0]).config
     if len(members) > 1:
-        spread_over_cpu([len(members)])
+        spread_over_cpu()
     with Progress(quiet=options.quiet) as shown:
         with shown.phase("building"):
             run = load_run(members[0])

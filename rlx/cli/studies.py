@@ -106,6 +106,7 @@ def plan(every: Sequence[tuple[Program, Pair]], chosen: Sequence[Program], out: 
 
     Raises UserError for settings that cannot work, and for those of programs that were begun with others.
     """
+    spread_over_cpu()
     with Progress(quiet=quiet) as shown:
         with shown.phase("importing"):
             planned = [merge(program, pair, out) for program, pair in every]
@@ -114,8 +115,6 @@ def plan(every: Sequence[tuple[Program, Pair]], chosen: Sequence[Program], out: 
             planned = [one for one in planned if one.program in chosen]
             from rlx.schedule import make_schedule
             from rlx.training import build_algorithm
-
-            spread_over_cpu([len(one.runs) for one in planned])
         with shown.phase("building"):
             for one in planned:
                 if not one.finished:

@@ -50,6 +50,7 @@ def sweep(arguments: list[str]) -> int:
     parser.add_argument("--space", metavar="FILE", help="TOML or JSON with tables [grid] and [random]")
     words, rest = parser.parse_known_args(arguments)
     pair = find_pair(words.algorithm, words.env)
+    spread_over_cpu()
     with Progress(quiet="--quiet" in rest) as shown:
         with shown.phase("importing"):
             algorithm = load_algorithm(pair)
@@ -80,7 +81,6 @@ def sweep(arguments: list[str]) -> int:
         }
         folder = Path(options.run_dir or default_run_dir(pair, space.seed)).absolute()
         RunDirectory.check_free(folder)
-        spread_over_cpu([len(program["runs"]) for program in content["programs"]])
         with shown.phase("building"):
             check(content, algorithm)
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def go_on(folder: Path, shown: Progress) -> int:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(folder / FILE)!r} is damaged: {error!r}.") from error
     require(found == FORMAT, "format", found, f"{FORMAT}: {str(folder / FILE)!r} is of another version of rlx")
-    spread_over_cpu([len(program["runs"]) for program in content["programs"]])
+    spread_over_cpu()
     algorithm = load_algorithm(recorded_pair(content["programs"][0]["pair"]))
     shown.close()  # each program has a bar of its own
     places = [folder / program["name"] for program in content["programs"]]
@@ -173,12 +173,15 @@ def go_on(folder: Path, shown: Progress) -> int:
             warn_of_changes(pair)
             record = {**describe(pair), "command": content["command"]}
             records = {name: {**record, "settings": program["runs"][name]} for name in runs}
-            train_program(place, load_env(pair), algorithm, runs, records, stop, shown.quiet)
+            try:
+                train_program(place, load_env(pair), algorithm, runs, records, stop, shown.quiet)
+            except UserError as error:  # too large for the memory, say; others may not be
+                say(False, f"{program['name']} is refused: {error}")
         if stop.requested:
             print(f"stopped; go on with: rlx resume {folder}")
             return 130
     report(folder, content)
-    return int(any(failures(place) for place in places))
+    return int(any(not finished(place) or failures(place) for place in places))
 
 
 def report(folder: Path, content: Mapping[str, Any]) -> None:
@@ -189,7 +192,8 @@ def report(folder: Path, content: Mapping[str, Any]) -> None:
     for program in content["programs"]:
         for name, run in program["runs"].items():
             place = folder / program["name"] / name
-            rows = [] if (place / FAILED).exists() else read_metrics(place / "metrics.jsonl")
+            missing = (place / FAILED).exists() or not (place / "metrics.jsonl").exists()
+            rows = [] if missing else read_metrics(place / "metrics.jsonl")
             last = rows[-1].get("eval/return", math.nan) if rows else math.nan
             scores.setdefault(name.rpartition(",seed=")[0], {})[run["seed"]["value"]] = last
     text = table(judge(scores, content["seeds"]), content["seeds"])
