@@ -127,6 +127,12 @@ class Best(NamedTuple):
     step: jax.Array  # [K, 2] uint32: low and high word
 
 
+@jax.jit
+def better(new: Best, old: Best) -> Best:
+    """Of each run."""
+    return where_done(new.value > old.value, new, old)
+
+
 class GroupRecorder:
     """A `rlx.recording.Recorder` for many runs; each has one of its own in `members`.
 
@@ -222,8 +228,7 @@ class GroupRecorder:
             words = jnp.asarray([[step % 2**32, step >> 32]], jnp.uint32).repeat(len(self.members), axis=0)
             live = np.array([name not in self.failed for name in self.members])
             value = np.where(live & np.isfinite(result.returns).all(axis=1), result.returns.mean(axis=1), -np.inf)
-            new = Best(policy, jnp.asarray(value, jnp.float32), words)
-            self._best = where_done(new.value > self._best.value, new, self._best)
+            self._best = better(Best(policy, jnp.asarray(value, jnp.float32), words), self._best)
 
     def write(self, iteration: int) -> dict[str, dict[str, float]]:
         rows = {name: self.members[name].write(iteration) for name in self._live()}
