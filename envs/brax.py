@@ -196,4 +196,4 @@ def adapt(name: str, env: brax.envs.Env, engine_name: str, options: Mapping[str,
     """`env` of backend "mjx" on one of our engines, randomised as `options` ask."""
     assert isinstance(env, PipelineEnv)
     engine = engines.make(engine_name, model_of(env.sys), env.sys, options.get("physics_threads", 0))
-    return bind_fields(randomized(name, BraxMJX(env, engine), env.sys, options), engine)
+    return bind_fields(randomized(name, BraxMJX(env, engine), engine, options), engine)

@@ -206,6 +206,6 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
         sizes = {name: config[name] for name in ("naconmax", "njmax") if name in config}
         engine = engines.make(engine_name, env.mj_model, env.mjx_model, threads, sizes)
         randomizer = registry.get_domain_randomizer(name)
-        adapted = randomized(full_name, Playground(env, engine), engine.model, options.rest, randomizer)
+        adapted = randomized(full_name, Playground(env, engine), engine, options.rest, randomizer)
         adapted = FixedPoint(bind_fields(adapted, engine))
     return limit_and_repeat(adapted, options)
