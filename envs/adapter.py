@@ -124,6 +124,11 @@ def end_diverged(timestep: TimeStep, diverged: jax.Array, obs: PyTree) -> TimeSt
     return TimeStep(obs, reward, timestep.terminated & ~diverged, timestep.truncated | diverged, obs, info)
 
 
+def finite_start(obs: PyTree, diverged: jax.Array) -> PyTree:
+    """`obs` of a reset, or zeros where its simulation failed: its episode ends at the first step (`end_diverged`)."""
+    return jax.tree.map(lambda x: jnp.where(diverged, jnp.zeros_like(x), x), obs)
+
+
 def with_key(state: Any, key: jax.Array) -> Any:
     """brax's or Playground's State with `key` in place of the stream that it keeps, if it keeps one.
 

@@ -40,6 +40,7 @@ from envs.adapter import (
     building,
     defaults_of,
     end_diverged,
+    finite_start,
     foreign,
     limit_and_repeat,
     read_options,
@@ -129,13 +130,15 @@ class BraxMJX:
         with self._model(params):
             state, obs = self._brax.reset(key, params)
         self._check_engine(state)
-        return BraxState(state, params), obs
+        obs = finite_start(obs, self.engine.diverged(state.pipeline_state))
+        return BraxState(state.replace(obs=obs), params), obs
 
     def step(self, state: BraxState, action: jax.Array, key: jax.Array):
         with self._model(state.overrides):
             task, timestep = self._brax.step(state.task, action, key)
         self._check_engine(task)
-        timestep = end_diverged(timestep, self.engine.diverged(task.pipeline_state), state.task.obs)
+        before, after = (self.engine.diverged(x.pipeline_state) for x in (state.task, task))
+        timestep = end_diverged(timestep, before | after, state.task.obs)
         return BraxState(task.replace(obs=timestep.obs), state.overrides), timestep
 
     def _check_engine(self, state: brax.envs.State) -> None:

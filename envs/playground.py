@@ -12,7 +12,8 @@ by themselves, as Playground's published training assumes. `physics_threads`: of
 (`physics.with_overrides`). `randomize` draws them at each reset: a function, a reference to one, or True for
 the task's own; `randomize_variants`: out of so many fixed draws (`envs.randomization`).
 A simulation that diverges ends its episode as `truncated`, with the last observation before, reward 0 and
-`info["diverged"]` 1; the environment is then reset like any other.
+`info["diverged"]` 1; the environment is then reset like any other. One that diverges in its reset, where it has an
+observation of zeros, ends at its first step.
 
 Locomotion and manipulation need robot models out of mujoco_menagerie, which Playground would clone at first use. Here
 nothing is fetched: give a local copy as override `menagerie_path`, in RLX_MENAGERIE_PATH, or where Playground keeps its
@@ -33,7 +34,16 @@ import jax
 import jax.numpy as jnp
 
 from envs import physics as engines
-from envs.adapter import bind_fields, building, end_diverged, foreign, limit_and_repeat, read_options, with_key
+from envs.adapter import (
+    bind_fields,
+    building,
+    end_diverged,
+    finite_start,
+    foreign,
+    limit_and_repeat,
+    read_options,
+    with_key,
+)
 from envs.names import LOCOMOTION, MANIPULATION
 from envs.randomization import OVERRIDES, randomized
 from envs.wrappers import FixedPoint
@@ -116,7 +126,8 @@ class Playground:
         with simulated_by(self.env, self.engine, params):
             state = self.env.reset(key)
         self._check_engine(state)
-        return PlaygroundState(state.replace(data=self.engine.detach(state.data)), params), state.obs
+        obs = finite_start(state.obs, self.engine.diverged(state.data))
+        return PlaygroundState(state.replace(obs=obs, data=self.engine.detach(state.data)), params), obs
 
     def step(self, state: PlaygroundState, action: jax.Array, key: jax.Array):
         with simulated_by(self.env, self.engine, state.overrides):
@@ -129,7 +140,8 @@ class Playground:
         timestep = TimeStep(
             task.obs, task.reward, jnp.asarray(task.done).astype(bool), jnp.zeros((), bool), task.obs, info
         )
-        timestep = end_diverged(timestep, self.engine.diverged(task.data), state.task.obs)
+        diverged = self.engine.diverged(state.task.data) | self.engine.diverged(task.data)  # in the reset, or now
+        timestep = end_diverged(timestep, diverged, state.task.obs)
         # With the observation of `timestep`: whoever goes on after a divergence compares with it.
         task = task.replace(obs=timestep.obs, data=self.engine.detach(task.data))
         return PlaygroundState(task, state.overrides), timestep

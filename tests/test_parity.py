@@ -109,7 +109,8 @@ ROUNDING, OF_ACCELERATION = 6e-5, 2e-4
 # limits all contacts of Humanoid are the same and nine states of ten agree to 1e-5 (two stay off, by 3 % and 24 %,
 # unexplained). Finger and Walker stop their solver after two iterations: with a hundred Finger's worst difference falls
 # from 4e-3 to 2e-5, and Walker's, whose model has the limits too (4 pairs, 4 points), from 0.13 to 0.012 without them
-# and then to 1e-5. So three states of four must agree to rounding, as elsewhere, and nine of ten to a tenth of the range.
+# and then to 1e-5. So three states of four must agree to rounding, as elsewhere, and nine of ten to a tenth of the
+# range.
 UNLIKE = ("Finger", "Hopper", "Walker", "Humanoid")
 
 
@@ -196,6 +197,32 @@ def test_an_environment_that_diverges_is_truncated_where_it_was_and_the_others_n
     # Whoever goes on with it (an evaluation does) sees numbers.
     _, again = step(after, jnp.ones((3, 1)), keys)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(again))
+
+
+@pytest.mark.parametrize("name", ["playground/PendulumSwingup", "brax/inverted_pendulum"])
+def test_an_environment_that_diverges_in_its_reset_begins_with_zeros_and_ends_at_its_first_step(name, monkeypatch):
+    env = envs.make(name, physics="mujoco")
+    task: Any = env
+    while not hasattr(task, "engine"):
+        task = task.env
+    monkeypatch.setattr(task.engine, "diverged", lambda data: data.time == 0)  # in the reset alone
+    state, obs = task.reset(jax.random.key(0), {})
+    assert not np.any(obs)
+    _, timestep = task.step(state, jnp.ones(task.spec.action.shape), jax.random.key(0))
+    assert timestep.truncated and timestep.info["diverged"] == 1.0 and not timestep.terminated
+    np.testing.assert_array_equal(timestep.final_obs, obs)
+
+
+@pytest.mark.parametrize("engine", ["mujoco", pytest.param("mjx", marks=pytest.mark.slow)])
+def test_an_impossible_model_ends_the_episode_and_gives_numbers(engine):
+    env = adapter("PointMass", engine)
+    keys = jax.random.split(jax.random.key(0), 3)
+    masses = jnp.tile(jnp.asarray(env.env.mj_model.body_mass, jnp.float32), (3, 1)).at[1].set(jnp.nan)
+    state, obs = jax.jit(jax.vmap(lambda key, mass: env.reset(key, {"body_mass": mass})))(keys, masses)
+    _, timestep = jax.jit(jax.vmap(env.step))(state, jnp.ones((3, 2)), keys)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((obs, timestep)))
+    np.testing.assert_array_equal(timestep.truncated, [False, True, False])
+    np.testing.assert_array_equal(timestep.info["diverged"], [0.0, 1.0, 0.0])
 
 
 def test_the_option_for_threads_reaches_the_engine():

@@ -408,6 +408,16 @@ def test_mjx_marks_what_is_not_finite_or_huge(qvel, diverged):
     assert bool(engine.diverged(engine.make_data(qvel=jnp.full(pendulum().nv, qvel)))) is diverged
 
 
+def test_an_impossible_model_shows_without_a_step():
+    native, xla = engine_of(pendulum()), physics.make("mjx", pendulum())
+    masses = {"body_mass": jnp.full(pendulum().nbody, jnp.nan)}
+    for engine in (native, xla):
+        model = physics.with_overrides(engine.model, masses)
+        with foreign():
+            data = jax.jit(lambda engine=engine, model=model: engine.forward(model, engine.make_data()))()
+        assert engine.diverged(data)
+
+
 def test_asking_for_gradients_is_refused_and_the_way_out_is_named():
     engine = engine_of(contacts())
 

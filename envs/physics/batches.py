@@ -110,6 +110,8 @@ class Batches:
                 start += values.shape[1]
             # Not 1: a state that is not finite is reset by MuJoCo, and its other counts to 0.
             bad = refused | (batch.status != 0) | (batch.warning[:, FATAL, -1] != 1).any(axis=1)
+            if not substeps:  # MuJoCo looks at accelerations when it steps
+                bad |= ~np.isfinite(out).all(axis=1)
         failed[:, 0] = bad
         if bad.any():
             out[bad, :width] = state[bad]
