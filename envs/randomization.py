@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import mujoco
+import numpy as np
 
 from envs import physics
 from envs.adapter import foreign
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from mujoco import mjx
 
 OVERRIDES: dict[str, Any] = {"randomize": None, "randomize_variants": None}
+SHAPED = [mujoco.mjtGeom.mjGEOM_HFIELD, mujoco.mjtGeom.mjGEOM_MESH, mujoco.mjtGeom.mjGEOM_SDF]
 ModelDraw = Callable[[jax.Array, "mjx.Model"], Mapping[str, jax.Array]]
 
 
@@ -66,6 +69,14 @@ def randomized(
 
 def check_draws(what: str, draws: Mapping[str, jax.Array], engine: Any) -> None:
     """Raises UserError that begins with `what` if `engine` takes none of a few `draws`, leaves [n, ...]."""
+    if "geom_size" in draws:
+        nominal = np.asarray(engine.model.geom_size, np.float32)
+        changed = (np.asarray(draws["geom_size"]) != nominal).any(axis=(0, 2))
+        shaped = np.flatnonzero(changed & np.isin(engine.model.geom_type, SHAPED))
+        if shaped.size:
+            raise UserError(
+                f"{what}: geom_size: geom {shaped[0]} takes its shape from a mesh or a height field, not from its size."
+            )
     if engine.name != "mujoco":
         return
     try:

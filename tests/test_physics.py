@@ -595,6 +595,29 @@ def test_a_geom_that_grows_is_hit():
     assert far == 0.0 and near > 0.01
 
 
+SHAPES = """
+<mujoco>
+  <asset><mesh name="tet" vertex="0 0 0 1 0 0 0 1 0 0 0 1"/></asset>
+  <worldbody>
+    <geom type="plane" size="5 5 .1"/><geom type="sphere" size="{0}"/><geom type="capsule" size="{0} .2"/>
+    <geom type="ellipsoid" size=".1 {0} .3"/><geom type="cylinder" size="{0} .2"/><geom type="box" size=".1 .2 {0}"/>
+    <geom type="mesh" mesh="tet"/>
+  </worldbody>
+</mujoco>
+"""
+
+
+def test_what_bounds_a_geom_of_another_size_is_what_mujoco_compiles():
+    small, large = (mujoco.MjModel.from_xml_string(SHAPES.format(size)) for size in (0.1, 0.7))
+    model = mjx.put_model(small, impl="jax")
+    sizes = {"geom_size": jnp.asarray(large.geom_size, jnp.float32)}
+    found = physics.with_overrides(model, sizes)
+    np.testing.assert_allclose(found.geom_rbound, large.geom_rbound, rtol=1e-6)
+    np.testing.assert_allclose(found.geom_aabb, large.geom_aabb, rtol=1e-6, atol=1e-7)
+    kept = physics.with_overrides(model, sizes | {"geom_rbound": model.geom_rbound})
+    np.testing.assert_array_equal(kept.geom_rbound, model.geom_rbound)
+
+
 def test_constants_are_derived_again_only_when_overrides_change(monkeypatch):
     engine, calls = engine_of(contacts()), []
     derive = batches.Batch.set_const

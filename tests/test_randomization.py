@@ -294,6 +294,22 @@ def test_a_field_that_the_engine_can_never_override_is_refused_when_the_environm
     randomized("it", Still(), engines["mujoco"], arm | options)
 
 
+def larger(key, model, geom):
+    return {"geom_size": model.geom_size.at[geom].mul(jax.random.uniform(key, (), minval=1.0, maxval=2.0))}
+
+
+@pytest.mark.parametrize("engine", ["mujoco", "mjx"])
+def test_the_size_of_a_mesh_is_not_to_be_drawn(engine):
+    mesh = '<asset><mesh name="tet" vertex="0 0 0 1 0 0 0 1 0 0 0 1"/></asset>'
+    geoms = '<geom type="mesh" mesh="tet"/><geom size=".1"/>'
+    found = physics.make(
+        engine, mujoco.MjModel.from_xml_string(f"<mujoco>{mesh}<worldbody>{geoms}</worldbody></mujoco>")
+    )
+    with pytest.raises(UserError, match="geom_size: geom 0 takes its shape from a mesh"):
+        randomized("it", Still(), found, {"randomize": functools.partial(larger, geom=0)})
+    randomized("it", Still(), found, {"randomize": functools.partial(larger, geom=1)})
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -29,7 +29,8 @@ from mujoco.batch import MODEL_FIELDS, Batch, SimulationError
 from rlx.errors import UserError
 
 FATAL = [int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{what}")) for what in ("QPOS", "QVEL", "QACC", "CTRL")]
-# Of what mj_setConst derives from a model, C alone relies on these; the rest MJX keeps at the nominal model's values.
+# Of what mj_setConst derives from a model, these follow it: C relies on them, and where MJX and Warp do too,
+# `with_overrides` derives them. The rest those engines keep at the nominal model's values.
 FOLLOWING = (
     "body_subtreemass",
     "dof_M0",
