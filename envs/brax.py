@@ -62,16 +62,19 @@ def _clip(x: jax.Array, a_min: Any = None, a_max: Any = None) -> jax.Array:
     return jnp.clip(x, a_min, a_max)
 
 
+_patching = threading.RLock()
+
+
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """Around brax's own code, while ours traces it: `brax.fluid` finds a clip that knows the dropped keyword."""
-    numpy = brax.fluid.jp
-    brax.fluid.jp = SimpleNamespace(**{**vars(jnp), "clip": _clip})
-    try:
-        with foreign():
+    with _patching, foreign():
+        numpy = brax.fluid.jp
+        brax.fluid.jp = SimpleNamespace(**{**vars(jnp), "clip": _clip})
+        try:
             yield
-    finally:
-        brax.fluid.jp = numpy
+        finally:
+            brax.fluid.jp = numpy
 
 
 class Brax:

@@ -68,8 +68,6 @@ def simulated_by(env: MjxEnv, engine: engines.Engine, overrides: Mapping[str, ja
     from mujoco import mjx
     from mujoco_playground._src import mjx_env
 
-    originals = mjx_env.make_data, mjx_env.step, mjx.forward
-
     def make_data(model, qpos=None, qvel=None, ctrl=None, act=None, mocap_pos=None, mocap_quat=None, **options):
         values = {
             "qpos": qpos,
@@ -93,6 +91,7 @@ def simulated_by(env: MjxEnv, engine: engines.Engine, overrides: Mapping[str, ja
         return (engine.forward if is_native(data) else originals[2])(model, data)
 
     with _patching, foreign():
+        originals = mjx_env.make_data, mjx_env.step, mjx.forward
         nominal = env._mjx_model
         env._mjx_model = engines.with_overrides(nominal, overrides)
         if engine.name == "mujoco":

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import os
 import sys
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -267,6 +268,44 @@ def test_what_is_replaced_is_restored_after_tracing(raising):
         if raising:
             raise ZeroDivisionError
     assert (mjx_env.make_data, mjx_env.step, mjx.forward) == before and env.env.mjx_model is nominal
+
+
+@pytest.mark.parametrize("name", ["playground/PendulumSwingup", "brax/inverted_pendulum"])
+def test_two_threads_that_trace_at_once_restore_what_was_replaced(name):
+    import brax.fluid
+
+    from envs.brax import tracing
+
+    def patched():
+        if name.startswith("brax"):
+            return tracing()
+        return simulated_by(task.env, task.engine, {})
+
+    def current():
+        return mjx_env.make_data, mjx_env.step, mjx.forward, brax.fluid.jp
+
+    task, before = adapter("PendulumSwingup", "mujoco"), current()
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def first():
+        with patched():
+            inside.set()
+            leave.wait(60)
+
+    def second():
+        with patched():
+            seen.append(current())
+
+    threads = [threading.Thread(target=function) for function in (first, second)]
+    threads[0].start()
+    assert inside.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)  # where nothing holds it back it reads what the first has replaced
+    assert seen == []
+    leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(seen) == 1 and current() == before
 
 
 def test_models_that_are_not_the_tasks_own_are_left_to_mjx_while_it_is_traced():
