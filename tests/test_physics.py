@@ -402,6 +402,19 @@ def test_an_error_of_mujoco_in_one_simulation_marks_that_one(monkeypatch):
     assert not np.array_equal(after.qpos[0], before.qpos[0])
 
 
+@pytest.mark.parametrize("memory", ["8K", "32K"])  # too little for the contacts, or for the constraints alone
+def test_contacts_that_do_not_fit_in_memory_are_told_once(memory, recwarn):
+    boxes = "".join(f'<body pos="{i} 0 .09"><freejoint/><geom type="box" size=".1 .1 .1"/></body>' for i in range(6))
+    ground = '<geom type="plane" size="9 9 .1"/>'
+    xml = f'<mujoco><size memory="{memory}"/><worldbody>{ground}{boxes}</worldbody></mujoco>'
+    engine = Native(mujoco.MjModel.from_xml_string(xml))
+    step = jax.jit(lambda: engine.step(engine.model, engine.make_data(), jnp.zeros(0), 2))
+    for _ in range(2):
+        assert not step()._impl.diverged
+    (warning,) = (w for w in recwarn if "memory is full" in str(w.message))
+    assert "raise `memory` in <size>" in str(warning.message)
+
+
 @pytest.mark.parametrize(("qvel", "diverged"), [(1.0, False), (jnp.nan, True), (1e11, True)])
 def test_mjx_marks_what_is_not_finite_or_huge(qvel, diverged):
     engine = physics.make("mjx", pendulum())

@@ -29,6 +29,7 @@ from mujoco.batch import MODEL_FIELDS, Batch, SimulationError
 from rlx.errors import UserError
 
 FATAL = [int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{what}")) for what in ("QPOS", "QVEL", "QACC", "CTRL")]
+FULL = [int(getattr(mujoco.mjtWarning, f"mjWARN_{what}FULL")) for what in ("CONTACT", "CNSTR")]
 # Of what mj_setConst derives from a model, these follow it: C relies on them, and where MJX and Warp do too,
 # `with_overrides` derives them. The rest those engines keep at the nominal model's values.
 FOLLOWING = (
@@ -109,6 +110,11 @@ class Batches:
                 values = values.reshape(size, -1)
                 out[:, start : start + values.shape[1]] = values
                 start += values.shape[1]
+            if (batch.warning[:, FULL, -1] > 1).any():
+                self._warn(
+                    "memory",
+                    "contacts or constraints are dropped, for the model's memory is full: raise `memory` in <size>.",
+                )
             # Not 1: a state that is not finite is reset by MuJoCo, and its other counts to 0.
             bad = refused | (batch.status != 0) | (batch.warning[:, FATAL, -1] != 1).any(axis=1)
             if not substeps:  # MuJoCo looks at accelerations when it steps
