@@ -513,6 +513,12 @@ def test_auto_picks_by_device(platform, warp, engine, monkeypatch):
     assert physics.resolve("auto") == engine
 
 
+@pytest.mark.parametrize("threads", [-1, 1.5, True])
+def test_a_number_of_threads_that_is_none_is_refused(threads):
+    with pytest.raises(UserError, match=f"physics_threads = {threads}.*0 for all cores"):
+        physics.make("mujoco", pendulum(), threads=threads)
+
+
 def override_cases(model: mujoco.MjModel) -> dict[str, np.ndarray]:
     """Changes of the usual fields, per simulation [BATCH, ...]."""
     rng = np.random.default_rng(1)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from rlx.errors import UserError, unknown
+from rlx.errors import UserError, require, unknown
 
 if TYPE_CHECKING:
     import jax
@@ -100,10 +100,12 @@ def make(
     """An engine for `mj_model`.
 
     `model`: the engine's own form of it, where the caller has that already. `threads`: of the native engine; 0 for all
-    cores. `sizes`: Warp's (`envs.physics.mjx.MJX`). Raises UserError for an engine that cannot be had, ValueError or
-    NotImplementedError out of MJX for a model that it cannot simulate.
+    cores. `sizes`: Warp's (`envs.physics.mjx.MJX`). Raises UserError for an engine that cannot be had or a number of
+    threads that is none, ValueError or NotImplementedError out of MJX for a model that it cannot simulate.
     """
     name = resolve(physics)
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    require(whole and threads >= 0, "physics_threads", threads, "a whole number of at least 0; 0 for all cores")
     if name == "mujoco":
         from envs.physics.native import Native
 
