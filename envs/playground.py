@@ -23,7 +23,6 @@ own.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +48,7 @@ from envs.randomization import OVERRIDES, randomized
 from envs.wrappers import FixedPoint
 from rlx.environment import Environment
 from rlx.errors import UserError
+from rlx.machine import menagerie_path
 from rlx.types import Box, PyTree, Spec, TimeStep
 
 if TYPE_CHECKING:
@@ -156,9 +156,7 @@ class Playground:
 def find_menagerie(name: str, override: str | None) -> Path:
     """A local copy of mujoco_menagerie. Raises UserError that says how to get one; fetches nothing."""
     chosen = override or os.environ.get("RLX_MENAGERIE_PATH")
-    spec = importlib.util.find_spec("mujoco_playground")
-    package = Path(spec.origin).parent if spec and spec.origin else Path()
-    path = Path(chosen).expanduser() if chosen else package / "external_deps" / "mujoco_menagerie"
+    path = menagerie_path(chosen)
     if path.is_dir():
         return path
     where = f"but {path} is no directory" if chosen else "of which this machine has no copy"

@@ -13,7 +13,7 @@ import pytest
 
 from rlx import cli
 from rlx.arguments import literal, option_value, take_env_overrides
-from rlx.doctor import examine
+from rlx.doctor import check_robot_models, examine
 from rlx.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -332,6 +332,13 @@ def test_the_doctor_reports_every_piece_and_none_fails(capsys):
     assert len(lines) == 10 and not [line for line in lines if "FAILS" in line]
     status, out, _ = run(capsys, "doctor")
     assert status == 0 and out.splitlines()[0] == lines[0]
+
+
+def test_the_doctor_looks_for_robot_models_where_playground_will(monkeypatch, tmp_path):
+    monkeypatch.setenv("RLX_MENAGERIE_PATH", str(tmp_path))
+    assert check_robot_models() == f"in {tmp_path}"
+    monkeypatch.setenv("RLX_MENAGERIE_PATH", str(tmp_path / "absent"))
+    assert "absent is no directory" in check_robot_models()
 
 
 def test_the_doctor_goes_on_after_a_check_that_fails(monkeypatch):
