@@ -38,6 +38,7 @@ from envs import physics as engines
 from envs.adapter import (
     bind_fields,
     building,
+    check_engine,
     defaults_of,
     end_diverged,
     finite_start,
@@ -47,7 +48,6 @@ from envs.adapter import (
     with_key,
 )
 from envs.brax_pipeline import model_of, simulate_natively
-from envs.physics.native import NativeData
 from envs.randomization import OVERRIDES, randomized
 from envs.wrappers import FixedPoint
 from rlx.environment import Environment
@@ -132,21 +132,17 @@ class BraxMJX:
     def reset(self, key: jax.Array, params: PyTree):
         with self._model(params):
             state, obs = self._brax.reset(key, params)
-        self._check_engine(state)
+        check_engine("brax", state.pipeline_state, self.engine)
         obs = finite_start(obs, self.engine.diverged(state.pipeline_state))
         return BraxState(state.replace(obs=obs), params), obs
 
     def step(self, state: BraxState, action: jax.Array, key: jax.Array):
         with self._model(state.overrides):
             task, timestep = self._brax.step(state.task, action, key)
-        self._check_engine(task)
+        check_engine("brax", task.pipeline_state, self.engine)
         before, after = (self.engine.diverged(x.pipeline_state) for x in (state.task, task))
         timestep = end_diverged(timestep, before | after, state.task.obs)
         return BraxState(task.replace(obs=timestep.obs), state.overrides), timestep
-
-    def _check_engine(self, state: brax.envs.State) -> None:
-        if isinstance(state.pipeline_state._impl, NativeData) != (self.engine.name == "mujoco"):
-            raise RuntimeError("this version of brax simulates by other functions than those that rlx knows of.")
 
     def render(self, states: Sequence[BraxState]) -> Any:
         return self._brax.render([state.task for state in states])

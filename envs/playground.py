@@ -36,9 +36,11 @@ from envs import physics as engines
 from envs.adapter import (
     bind_fields,
     building,
+    check_engine,
     end_diverged,
     finite_start,
     foreign,
+    is_native,
     limit_and_repeat,
     read_options,
     with_key,
@@ -103,12 +105,6 @@ def simulated_by(env: MjxEnv, engine: engines.Engine, overrides: Mapping[str, ja
             env._mjx_model = nominal
 
 
-def is_native(data: Any) -> bool:
-    from envs.physics.native import NativeData
-
-    return isinstance(data._impl, NativeData)
-
-
 class PlaygroundState(NamedTuple):
     task: State
     overrides: Mapping[str, jax.Array]  # of the model, as `reset` got them
@@ -124,7 +120,7 @@ class Playground:
     def reset(self, key: jax.Array, params: PyTree):
         with simulated_by(self.env, self.engine, params):
             state = self.env.reset(key)
-        self._check_engine(state)
+        check_engine("Playground", state.data, self.engine)
         obs = finite_start(state.obs, self.engine.diverged(state.data))
         return PlaygroundState(state.replace(obs=obs, data=self.engine.detach(state.data)), params), obs
 
@@ -134,7 +130,7 @@ class Playground:
             task = jax.tree.map(lambda x: x, state.task)
             task = task.replace(data=self.engine.attach(task.data))
             task = self.env.step(with_key(task, key), action)
-        self._check_engine(task)
+        check_engine("Playground", task.data, self.engine)
         info = {name: jnp.asarray(value, jnp.float32) for name, value in task.metrics.items()}
         timestep = TimeStep(
             task.obs, task.reward, jnp.asarray(task.done).astype(bool), jnp.zeros((), bool), task.obs, info
@@ -144,10 +140,6 @@ class Playground:
         # With the observation of `timestep`: whoever goes on after a divergence compares with it.
         task = task.replace(obs=timestep.obs, data=self.engine.detach(task.data))
         return PlaygroundState(task, state.overrides), timestep
-
-    def _check_engine(self, state: State) -> None:
-        if is_native(state.data) != (self.engine.name == "mujoco"):
-            raise RuntimeError("this version of Playground simulates by other functions than those that rlx knows of.")
 
     def render(self, states: Sequence[PlaygroundState]) -> Any:
         return self.env.render([state.task for state in states])

@@ -550,8 +550,6 @@ def override_cases(model: mujoco.MjModel) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float32) for name, value in cases.items()}
 
 
-# What a change of the field leads to, where MuJoCo's compiler or mj_setConst would derive it, and MJX too uses.
-DERIVED = {"body_mass": ("body_subtreemass",), "geom_size": ("geom_rbound", "geom_aabb")}
 OVERRIDES = tuple(override_cases(pendulum()))
 
 
