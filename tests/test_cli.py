@@ -293,6 +293,30 @@ def test_a_policy_trained_on_one_engine_is_evaluated_on_another_and_resumed_on_i
     assert cli.main(["resume", run]) == 0
 
 
+FRAGILE = """
+from tests.worlds import Counter
+
+class Fragile(Counter):
+    def step(self, state, action, key):
+        state, timestep = super().step(state, action, key)
+        return state, timestep._replace(info={"diverged": (timestep.truncated & (state.start > 0.5)).astype(float)})
+"""
+
+
+def test_evaluations_tell_of_simulations_that_diverged(pair, capsys):
+    Path("fragile.py").write_text(FRAGILE)
+    arguments = [pair[0], "fragile.py:Fragile", *TINY, "--run-dir", "a", "--quiet"]
+    status, _, err = run(capsys, "train", *arguments)
+    assert status == 0, err
+    diverged = json.loads(Path("a/eval.json").read_text())["diverged"]
+    assert set(diverged) <= {0.0, 1.0}
+    rows = [json.loads(line) for line in Path("a/metrics.jsonl").read_text().splitlines()]
+    assert [row["eval/diverged"] for row in rows if "eval/return" in row][-1] == pytest.approx(np.mean(diverged))
+    out = run(capsys, "evaluate", "a", "--episodes", "32")[1]
+    lost = sum(json.loads(Path("a/eval.json").read_text())["diverged"])
+    assert 0 < lost < 32 and f"32 episodes, of which {lost:.0f} ended early because their simulation diverged" in out
+
+
 def test_a_module_of_the_working_directory_serves_too(pair, capsys):
     os.rename("my_algo.py", "my_module_algo.py")
     os.rename("my_env.py", "my_module_env.py")
