@@ -214,6 +214,7 @@ def describe(algorithm: Any, env: Environment, train_config: Any, config: Any, s
             "devices": [device.device_kind for device in jax.devices()],
             "devices_used": schedule.num_devices,
             "cores": usable_cores(),
+            "deterministic": env.spec.physics != "warp",
             "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
         },
     }

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import re
 import sys
 import threading
 from typing import Any, NamedTuple
@@ -22,11 +23,11 @@ import pytest
 import scipy.stats
 from mujoco import mjx
 from mujoco_playground import registry
-from mujoco_playground._src import mjx_env
+from mujoco_playground._src import locomotion, manipulation, mjx_env
 
 import envs
 from envs.adapter import building
-from envs.names import DM_CONTROL
+from envs.names import DM_CONTROL, LOCOMOTION, MANIPULATION
 from envs.physics.native import STATE, NativeData
 from envs.playground import Playground, simulated_by
 from rlx.algorithm import Plan
@@ -255,6 +256,21 @@ def test_the_functions_that_are_replaced_while_a_task_is_traced_are_those_that_i
         assert "mjx_env.make_data(" in module and "mjx.step(" not in module, MOVED.format(
             name=f"way to simulate {name}"
         )
+
+
+RENDERING = {"create_render_context", "refit_bvh", "render", "get_rgb"}  # for pixels, which are refused
+
+
+@pytest.mark.parametrize("name", LOCOMOTION + MANIPULATION)
+def test_robot_tasks_simulate_by_the_functions_that_are_replaced(name):
+    """Without their models: the sources of the task and of what it inherits from."""
+    task = {**locomotion._envs, **manipulation._envs}[name]
+    modules = {base.__module__ for base in getattr(task, "func", task).__mro__ if "playground" in base.__module__}
+    sources = "".join(inspect.getsource(sys.modules[module]) for module in modules - {mjx_env.__name__})
+    message = MOVED.format(name=f"way to simulate {name}")
+    assert "mjx_env.make_data(" in sources and "mjx_env.step(" in sources, message
+    assert set(re.findall(r"\bmjx\.(\w+)\(", sources)) <= {"forward", "put_model"} | RENDERING, message
+    assert not re.search(r"import .*\b(forward|step|make_data)$", sources, re.MULTILINE), message
 
 
 @pytest.mark.parametrize("raising", [False, True])
