@@ -77,7 +77,7 @@ def check_draws(what: str, draws: Mapping[str, jax.Array], engine: Any) -> None:
             raise UserError(
                 f"{what}: geom_size: geom {shaped[0]} takes its shape from a mesh or a height field, not from its size."
             )
-    if engine.name != "mujoco":
+    if engine.name != "mujoco" or not draws:
         return
     try:
         engine.check_overrides(draws)

@@ -294,6 +294,10 @@ def test_a_field_that_the_engine_can_never_override_is_refused_when_the_environm
     randomized("it", Still(), engines["mujoco"], arm | options)
 
 
+def test_a_draw_of_nothing_is_a_draw():
+    randomized("it", Still(), physics.make("mujoco", cube_and_arm()), {"randomize": lambda key, model: {}})
+
+
 def larger(key, model, geom):
     return {"geom_size": model.geom_size.at[geom].mul(jax.random.uniform(key, (), minval=1.0, maxval=2.0))}
 

@@ -181,11 +181,15 @@ def nominal(model: mujoco.MjModel, name: str) -> np.ndarray:
 
 
 def refusal(model: mujoco.MjModel, overrides: Mapping[str, np.ndarray]) -> str:
-    """Which of the `overrides`, [n, ...] each, MuJoCo takes in none of n simulations, and why; "" if there is none."""
-    for names in (*((name,) for name in overrides), *([tuple(overrides)] if len(overrides) > 1 else [])):
+    """Which of the `overrides`, [n, ...] each, MuJoCo takes in none of n simulations, and why; "" if it takes them."""
+    everything, said = tuple(overrides), {}
+    for names in (everything, *((name,) for name in overrides)):
         values = [overrides[name].reshape(len(overrides[name]), -1) for name in names]
         refused, reason = write_overrides(Batch(model, len(values[0]), 1), names, values)
         if refused.all():
-            named = re.sub(r"\bbody (\d+)", lambda match: f"body {model.body(int(match[1])).name!r}", reason)
-            return f"{', '.join(names)}: {named}"
-    return ""
+            said[names] = reason
+    if everything not in said:
+        return ""
+    names = min(said, key=len)  # one field alone, if it is to blame
+    named = re.sub(r"\bbody (\d+)", lambda match: f"body {model.body(int(match[1])).name!r}", said[names])
+    return f"{', '.join(names)}: {named}"
