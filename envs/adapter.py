@@ -124,6 +124,24 @@ def end_diverged(timestep: TimeStep, diverged: jax.Array, obs: PyTree) -> TimeSt
     return TimeStep(obs, reward, timestep.terminated & ~diverged, timestep.truncated | diverged, obs, info)
 
 
+def is_native(data: Any) -> bool:
+    """Whether the native engine made `data`."""
+    from envs.physics.native import NativeData
+
+    return isinstance(data._impl, NativeData)
+
+
+def check_engine(package: str, data: Any, engine: Any) -> None:
+    """Raises RuntimeError where `package` simulated by other functions than those that `engine` took the place of."""
+    if is_native(data) != (engine.name == "mujoco"):
+        raise RuntimeError(f"this version of {package} simulates by other functions than those that rlx knows of.")
+
+
+def finite_start(obs: PyTree, diverged: jax.Array) -> PyTree:
+    """`obs` of a reset, or zeros where its simulation failed: its episode ends at the first step (`end_diverged`)."""
+    return jax.tree.map(lambda x: jnp.where(diverged, jnp.zeros_like(x), x), obs)
+
+
 def with_key(state: Any, key: jax.Array) -> Any:
     """brax's or Playground's State with `key` in place of the stream that it keeps, if it keeps one.
 

@@ -38,15 +38,16 @@ from envs import physics as engines
 from envs.adapter import (
     bind_fields,
     building,
+    check_engine,
     defaults_of,
     end_diverged,
+    finite_start,
     foreign,
     limit_and_repeat,
     read_options,
     with_key,
 )
 from envs.brax_pipeline import model_of, simulate_natively
-from envs.physics.native import NativeData
 from envs.randomization import OVERRIDES, randomized
 from envs.wrappers import FixedPoint
 from rlx.environment import Environment
@@ -61,16 +62,19 @@ def _clip(x: jax.Array, a_min: Any = None, a_max: Any = None) -> jax.Array:
     return jnp.clip(x, a_min, a_max)
 
 
+_patching = threading.RLock()
+
+
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """Around brax's own code, while ours traces it: `brax.fluid` finds a clip that knows the dropped keyword."""
-    numpy = brax.fluid.jp
-    brax.fluid.jp = SimpleNamespace(**{**vars(jnp), "clip": _clip})
-    try:
-        with foreign():
+    with _patching, foreign():
+        numpy = brax.fluid.jp
+        brax.fluid.jp = SimpleNamespace(**{**vars(jnp), "clip": _clip})
+        try:
             yield
-    finally:
-        brax.fluid.jp = numpy
+        finally:
+            brax.fluid.jp = numpy
 
 
 class Brax:
@@ -128,19 +132,17 @@ class BraxMJX:
     def reset(self, key: jax.Array, params: PyTree):
         with self._model(params):
             state, obs = self._brax.reset(key, params)
-        self._check_engine(state)
-        return BraxState(state, params), obs
+        check_engine("brax", state.pipeline_state, self.engine)
+        obs = finite_start(obs, self.engine.diverged(state.pipeline_state))
+        return BraxState(state.replace(obs=obs), params), obs
 
     def step(self, state: BraxState, action: jax.Array, key: jax.Array):
         with self._model(state.overrides):
             task, timestep = self._brax.step(state.task, action, key)
-        self._check_engine(task)
-        timestep = end_diverged(timestep, self.engine.diverged(task.pipeline_state), state.task.obs)
+        check_engine("brax", task.pipeline_state, self.engine)
+        before, after = (self.engine.diverged(x.pipeline_state) for x in (state.task, task))
+        timestep = end_diverged(timestep, before | after, state.task.obs)
         return BraxState(task.replace(obs=timestep.obs), state.overrides), timestep
-
-    def _check_engine(self, state: brax.envs.State) -> None:
-        if isinstance(state.pipeline_state._impl, NativeData) != (self.engine.name == "mujoco"):
-            raise RuntimeError("this version of brax simulates by other functions than those that rlx knows of.")
 
     def render(self, states: Sequence[BraxState]) -> Any:
         return self._brax.render([state.task for state in states])
@@ -196,4 +198,4 @@ def adapt(name: str, env: brax.envs.Env, engine_name: str, options: Mapping[str,
     """`env` of backend "mjx" on one of our engines, randomised as `options` ask."""
     assert isinstance(env, PipelineEnv)
     engine = engines.make(engine_name, model_of(env.sys), env.sys, options.get("physics_threads", 0))
-    return bind_fields(randomized(name, BraxMJX(env, engine), env.sys, options), engine)
+    return bind_fields(randomized(name, BraxMJX(env, engine), engine, options), engine)

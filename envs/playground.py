@@ -12,7 +12,8 @@ by themselves, as Playground's published training assumes. `physics_threads`: of
 (`physics.with_overrides`). `randomize` draws them at each reset: a function, a reference to one, or True for
 the task's own; `randomize_variants`: out of so many fixed draws (`envs.randomization`).
 A simulation that diverges ends its episode as `truncated`, with the last observation before, reward 0 and
-`info["diverged"]` 1; the environment is then reset like any other.
+`info["diverged"]` 1; the environment is then reset like any other. One that diverges in its reset, where it has an
+observation of zeros, ends at its first step.
 
 Locomotion and manipulation need robot models out of mujoco_menagerie, which Playground would clone at first use. Here
 nothing is fetched: give a local copy as override `menagerie_path`, in RLX_MENAGERIE_PATH, or where Playground keeps its
@@ -22,7 +23,6 @@ own.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,12 +33,24 @@ import jax
 import jax.numpy as jnp
 
 from envs import physics as engines
-from envs.adapter import bind_fields, building, end_diverged, foreign, limit_and_repeat, read_options, with_key
+from envs.adapter import (
+    bind_fields,
+    building,
+    check_engine,
+    end_diverged,
+    finite_start,
+    foreign,
+    is_native,
+    limit_and_repeat,
+    read_options,
+    with_key,
+)
 from envs.names import LOCOMOTION, MANIPULATION
 from envs.randomization import OVERRIDES, randomized
 from envs.wrappers import FixedPoint
 from rlx.environment import Environment
 from rlx.errors import UserError
+from rlx.machine import menagerie_path
 from rlx.types import Box, PyTree, Spec, TimeStep
 
 if TYPE_CHECKING:
@@ -57,8 +69,6 @@ def simulated_by(env: MjxEnv, engine: engines.Engine, overrides: Mapping[str, ja
     """While Playground's code is traced: its model has `overrides`, and native data goes to the native engine."""
     from mujoco import mjx
     from mujoco_playground._src import mjx_env
-
-    originals = mjx_env.make_data, mjx_env.step, mjx.forward
 
     def make_data(model, qpos=None, qvel=None, ctrl=None, act=None, mocap_pos=None, mocap_quat=None, **options):
         values = {
@@ -83,6 +93,7 @@ def simulated_by(env: MjxEnv, engine: engines.Engine, overrides: Mapping[str, ja
         return (engine.forward if is_native(data) else originals[2])(model, data)
 
     with _patching, foreign():
+        originals = mjx_env.make_data, mjx_env.step, mjx.forward
         nominal = env._mjx_model
         env._mjx_model = engines.with_overrides(nominal, overrides)
         if engine.name == "mujoco":
@@ -92,12 +103,6 @@ def simulated_by(env: MjxEnv, engine: engines.Engine, overrides: Mapping[str, ja
         finally:
             mjx_env.make_data, mjx_env.step, mjx.forward = originals
             env._mjx_model = nominal
-
-
-def is_native(data: Any) -> bool:
-    from envs.physics.native import NativeData
-
-    return isinstance(data._impl, NativeData)
 
 
 class PlaygroundState(NamedTuple):
@@ -115,8 +120,9 @@ class Playground:
     def reset(self, key: jax.Array, params: PyTree):
         with simulated_by(self.env, self.engine, params):
             state = self.env.reset(key)
-        self._check_engine(state)
-        return PlaygroundState(state.replace(data=self.engine.detach(state.data)), params), state.obs
+        check_engine("Playground", state.data, self.engine)
+        obs = finite_start(state.obs, self.engine.diverged(state.data))
+        return PlaygroundState(state.replace(obs=obs, data=self.engine.detach(state.data)), params), obs
 
     def step(self, state: PlaygroundState, action: jax.Array, key: jax.Array):
         with simulated_by(self.env, self.engine, state.overrides):
@@ -124,19 +130,16 @@ class Playground:
             task = jax.tree.map(lambda x: x, state.task)
             task = task.replace(data=self.engine.attach(task.data))
             task = self.env.step(with_key(task, key), action)
-        self._check_engine(task)
+        check_engine("Playground", task.data, self.engine)
         info = {name: jnp.asarray(value, jnp.float32) for name, value in task.metrics.items()}
         timestep = TimeStep(
             task.obs, task.reward, jnp.asarray(task.done).astype(bool), jnp.zeros((), bool), task.obs, info
         )
-        timestep = end_diverged(timestep, self.engine.diverged(task.data), state.task.obs)
+        diverged = self.engine.diverged(state.task.data) | self.engine.diverged(task.data)  # in the reset, or now
+        timestep = end_diverged(timestep, diverged, state.task.obs)
         # With the observation of `timestep`: whoever goes on after a divergence compares with it.
         task = task.replace(obs=timestep.obs, data=self.engine.detach(task.data))
         return PlaygroundState(task, state.overrides), timestep
-
-    def _check_engine(self, state: State) -> None:
-        if is_native(state.data) != (self.engine.name == "mujoco"):
-            raise RuntimeError("this version of Playground simulates by other functions than those that rlx knows of.")
 
     def render(self, states: Sequence[PlaygroundState]) -> Any:
         return self.env.render([state.task for state in states])
@@ -145,9 +148,7 @@ class Playground:
 def find_menagerie(name: str, override: str | None) -> Path:
     """A local copy of mujoco_menagerie. Raises UserError that says how to get one; fetches nothing."""
     chosen = override or os.environ.get("RLX_MENAGERIE_PATH")
-    spec = importlib.util.find_spec("mujoco_playground")
-    package = Path(spec.origin).parent if spec and spec.origin else Path()
-    path = Path(chosen).expanduser() if chosen else package / "external_deps" / "mujoco_menagerie"
+    path = menagerie_path(chosen)
     if path.is_dir():
         return path
     where = f"but {path} is no directory" if chosen else "of which this machine has no copy"
@@ -206,6 +207,6 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
         sizes = {name: config[name] for name in ("naconmax", "njmax") if name in config}
         engine = engines.make(engine_name, env.mj_model, env.mjx_model, threads, sizes)
         randomizer = registry.get_domain_randomizer(name)
-        adapted = randomized(full_name, Playground(env, engine), engine.model, options.rest, randomizer)
+        adapted = randomized(full_name, Playground(env, engine), engine, options.rest, randomizer)
         adapted = FixedPoint(bind_fields(adapted, engine))
     return limit_and_repeat(adapted, options)

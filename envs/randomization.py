@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import mujoco
+import numpy as np
 
 from envs import physics
 from envs.adapter import foreign
@@ -31,16 +33,18 @@ if TYPE_CHECKING:
     from mujoco import mjx
 
 OVERRIDES: dict[str, Any] = {"randomize": None, "randomize_variants": None}
+SHAPED = [mujoco.mjtGeom.mjGEOM_HFIELD, mujoco.mjtGeom.mjGEOM_MESH, mujoco.mjtGeom.mjGEOM_SDF]
 ModelDraw = Callable[[jax.Array, "mjx.Model"], Mapping[str, jax.Array]]
 
 
 def randomized(
-    name: str, env: Environment, model: mjx.Model, options: Mapping[str, Any], own: Callable[..., Any] | None = None
+    name: str, env: Environment, engine: Any, options: Mapping[str, Any], own: Callable[..., Any] | None = None
 ) -> Environment:
-    """`env`, randomised as the overrides in `options` ask; `own` is the task's own randomiser, in Playground's form.
+    """`env` on `engine`, randomised as the overrides in `options` ask; `own`: the task's, in Playground's form.
 
     Raises UserError for a function that is not there or has neither form, for a field that the model does not have, of
-    another shape or not of floats, and for a number of variants that is none.
+    another shape or not of floats, or that the engine took in none of a few draws, and for a number of variants that
+    is none.
     """
     wanted, variants = options.get("randomize"), options.get("randomize_variants")
     if wanted is None or wanted is False:
@@ -56,8 +60,29 @@ def randomized(
         wanted = load_function(wanted, "randomize")
     if not callable(wanted):
         raise UserError(f"{what} = {wanted!r} is not possible: a function, a reference to one, or true.")
-    draw = as_draw(wanted)
-    return DomainRandomization(env, lambda key: check(what, draw(key, model), model), variants)
+    draw, model = as_draw(wanted), engine.model
+    adapted = DomainRandomization(env, lambda key: check(what, draw(key, model), model), variants)
+    few = jax.random.split(jax.random.key(0), 4)
+    check_draws(what, jax.jit(jax.vmap(lambda key: adapted.params(key, {})))(few), engine)
+    return adapted
+
+
+def check_draws(what: str, draws: Mapping[str, jax.Array], engine: Any) -> None:
+    """Raises UserError that begins with `what` if `engine` takes none of a few `draws`, leaves [n, ...]."""
+    if "geom_size" in draws:
+        nominal = np.asarray(engine.model.geom_size, np.float32)
+        changed = (np.asarray(draws["geom_size"]) != nominal).any(axis=(0, 2))
+        shaped = np.flatnonzero(changed & np.isin(engine.model.geom_type, SHAPED))
+        if shaped.size:
+            raise UserError(
+                f"{what}: geom_size: geom {shaped[0]} takes its shape from a mesh or a height field, not from its size."
+            )
+    if engine.name != "mujoco" or not draws:
+        return
+    try:
+        engine.check_overrides(draws)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def as_draw(function: Callable[..., Any]) -> ModelDraw:

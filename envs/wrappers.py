@@ -235,9 +235,10 @@ class DomainRandomization:
         counted = num_variants is None or is_count(num_variants)
         require(counted, "num_variants", num_variants, "a whole number of at least 1, or None")
         self.env, self.draw, self.num_variants, self.seed, self.spec = env, draw, num_variants, seed, env.spec
-        jax.eval_shape(self._params, jax.eval_shape(lambda: jax.random.key(0)), env.spec.params)
+        jax.eval_shape(self.params, jax.eval_shape(lambda: jax.random.key(0)), env.spec.params)
 
-    def _params(self, key: jax.Array, params: PyTree) -> PyTree:
+    def params(self, key: jax.Array, params: PyTree) -> PyTree:
+        """Those of an episode whose reset was given `params`."""
         if self.num_variants is not None:
             variant = jax.random.randint(key, (), 0, self.num_variants)
             key = jax.random.fold_in(jax.random.key(self.seed), variant)
@@ -253,7 +254,7 @@ class DomainRandomization:
 
     def reset(self, key: jax.Array, params: PyTree):
         draw_key, reset_key = jax.random.split(key)
-        return self.env.reset(reset_key, self._params(draw_key, params))
+        return self.env.reset(reset_key, self.params(draw_key, params))
 
     def step(self, state: Any, action: jax.Array, key: jax.Array):
         return self.env.step(state, action, key)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlx.errors import UserError, require
 from rlx.logging import Progress, versions
-from rlx.machine import usable_cores
+from rlx.machine import commit, usable_cores
 
 if TYPE_CHECKING:
     from rlx.environment import Environment
@@ -172,6 +172,7 @@ def measure(options: Options, sweep: Sweep, progress: Progress) -> dict[str, Any
         "device": f"{device.platform} {device.device_kind}, {platform.machine()}, {usable_cores()} cores",
         "versions": versions(),
         "command": options.command,
+        "commit": commit(),
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rlx.logging import versions
-from rlx.machine import usable_cores
+from rlx.machine import menagerie_path, usable_cores
 
 
 def examine() -> Iterator[str]:
@@ -120,13 +120,15 @@ def check_warp() -> str:
 
 def check_robot_models() -> str:
     """Playground's locomotion and manipulation tasks keep their models apart from the package."""
-    spec = importlib.util.find_spec("mujoco_playground")
-    if spec is None or spec.origin is None:
+    if importlib.util.find_spec("mujoco_playground") is None:
         return "mujoco_playground is missing: no playground/* environments"
-    folder = Path(spec.origin).parent / "external_deps" / "mujoco_menagerie"
+    folder, chosen = menagerie_path(), os.environ.get("RLX_MENAGERIE_PATH")
     if folder.is_dir():
         return f"in {folder}"
-    return "not downloaded: playground's locomotion and manipulation tasks need git and a network once"
+    tasks = "playground's locomotion and manipulation tasks"
+    if chosen:
+        return f"RLX_MENAGERIE_PATH={chosen} is no directory: {tasks} cannot be built"
+    return f"not downloaded: {tasks} need a copy of mujoco_menagerie, in RLX_MENAGERIE_PATH"
 
 
 def check_wandb() -> str:

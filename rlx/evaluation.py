@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlx.algorithm import Algorithm, Key, Mode, Policy
+from rlx.algorithm import Algorithm, Key, Memory, Mode, Policy
 from rlx.environment import Environment
 from rlx.errors import require
 from rlx.rollout import inner_steps, team_reward, where_done
 from rlx.sharding import on_parts
+from rlx.types import PyTree
 
 
 class EvalResult(NamedTuple):
@@ -21,6 +22,7 @@ class EvalResult(NamedTuple):
 
     returns: jax.Array  # [N] float32: undiscounted sums of raw rewards, over agents too
     lengths: jax.Array  # [N] float32: inner steps
+    diverged: jax.Array | None = None  # [N] float32: 1 where the simulation failed; None if the environment cannot say
 
 
 def make_evaluate(
@@ -52,28 +54,35 @@ def make_evaluate(
     num_episodes += -asked % (mesh.size if mesh else 1)  # as many on every device; what was not asked for is left out
     decisions = max_decisions or -(-(limit or 0) // env.spec.action_repeat)
 
+    def play(policy: Policy, key: Key, env_state: Any, obs: PyTree, memory: Memory):
+        act_key, step_key = jax.random.split(key)
+        memory, action, _ = algorithm.act(policy, memory, obs, act_key, mode)
+        env_state, timestep = step_envs(env_state, action, jax.random.split(step_key, num_episodes))
+        return memory, env_state, timestep
+
     def evaluate(policy: Policy, key: Key) -> EvalResult:
         reset_key, memory_key, run_key = jax.random.split(key, 3)
         env_state, obs = reset_envs(jax.random.split(reset_key, num_episodes))
         memory = jax.vmap(algorithm.memory)(jax.random.split(memory_key, num_episodes))
         zeros = jnp.zeros(num_episodes, jnp.float32)
-        start = (jnp.zeros((), jnp.int32), env_state, obs, memory, jnp.zeros(num_episodes, bool), zeros, zeros)
+        reports = "diverged" in jax.eval_shape(play, policy, run_key, env_state, obs, memory)[2].info
+        nothing = EvalResult(zeros, zeros, zeros if reports else None)
+        start = (jnp.zeros((), jnp.int32), env_state, obs, memory, jnp.zeros(num_episodes, bool), nothing)
 
         def running(carry):
             return (carry[0] < decisions) & ~carry[4].all()
 
         def step(carry):
-            t, env_state, obs, memory, ended, returns, lengths = carry
-            act_key, step_key = jax.random.split(jax.random.fold_in(run_key, t))
-            memory, action, _ = algorithm.act(policy, memory, obs, act_key, mode)
-            new_state, timestep = step_envs(env_state, action, jax.random.split(step_key, num_episodes))
+            t, env_state, obs, memory, ended, result = carry
+            memory, new_state, timestep = play(policy, jax.random.fold_in(run_key, t), env_state, obs, memory)
             # An ended instance keeps its last state: what lies behind an ending may not even be finite.
             env_state, obs = where_done(ended, (env_state, obs), (new_state, timestep.final_obs))
-            returns = jnp.where(ended, returns, returns + team_reward(timestep))
-            lengths = jnp.where(ended, lengths, lengths + inner_steps(timestep))
-            return t + 1, env_state, obs, memory, ended | timestep.terminated | timestep.truncated, returns, lengths
+            diverged = timestep.info["diverged"] if reports else None
+            new = EvalResult(team_reward(timestep), inner_steps(timestep), diverged)
+            result = jax.tree.map(lambda total, x: jnp.where(ended, total, total + x), result, new)
+            return t + 1, env_state, obs, memory, ended | timestep.terminated | timestep.truncated, result
 
-        *_, returns, lengths = jax.lax.while_loop(running, step, start)
-        return EvalResult(returns[:asked], lengths[:asked])
+        *_, result = jax.lax.while_loop(running, step, start)
+        return jax.tree.map(lambda x: x[:asked], result)
 
     return evaluate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -29,6 +30,16 @@ def commit() -> str:
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def menagerie_path(chosen: str | None = None) -> Path:
+    """Where Playground looks for robot models: `chosen`, else RLX_MENAGERIE_PATH, else in its own package."""
+    chosen = chosen or os.environ.get("RLX_MENAGERIE_PATH")
+    if chosen:
+        return Path(chosen).expanduser()
+    spec = importlib.util.find_spec("mujoco_playground")
+    package = Path(spec.origin).parent if spec and spec.origin else Path()
+    return package / "external_deps" / "mujoco_menagerie"
 
 
 def available_memory() -> int | None:

@@ -160,12 +160,13 @@ class Recorder:
         step = self.step(iteration)
         if self._directory:
             entry = {"step": step, "mode": "greedy", "physics": self._directory.config.get("physics", "")}
-            entry |= {"returns": returns.tolist(), "lengths": lengths.tolist()}
-            write_atomically(self._directory.path / "eval.json", json.dumps(entry))
+            write_atomically(self._directory.path / "eval.json", json.dumps(entry | episodes(result)))
         if self._checkpointer:
             self._checkpointer.save_best(step, policy, float(returns.mean()))
         mean, std = float(returns.mean()), float(returns.std())
         self._row |= {"eval/return": mean, "eval/return_std": std, "eval/length": float(lengths.mean())}
+        if result.diverged is not None:
+            self._row["eval/diverged"] = float(np.mean(result.diverged))
 
     def write(self, iteration: int) -> dict[str, float]:
         """Sends the row to every writer and to the progress display. The first one holds the seconds of the start."""
@@ -194,6 +195,11 @@ class Recorder:
         return iteration * self._steps_per_iteration
 
 
+def episodes(result: EvalResult) -> dict[str, list[float]]:
+    """What eval.json holds of an evaluation, one entry an episode; `diverged` only where the environment tells."""
+    return {name: np.asarray(value).tolist() for name, value in result._asdict().items() if value is not None}
+
+
 def describe(algorithm: Any, env: Environment, train_config: Any, config: Any, schedule: Schedule) -> dict[str, Any]:
     """What config.json holds of a run that is begun from Python; the command line adds what builds it again."""
     return {
@@ -208,6 +214,7 @@ def describe(algorithm: Any, env: Environment, train_config: Any, config: Any, s
             "devices": [device.device_kind for device in jax.devices()],
             "devices_used": schedule.num_devices,
             "cores": usable_cores(),
+            "deterministic": env.spec.physics != "warp",
             "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
         },
     }

@@ -11,6 +11,7 @@ import pytest
 
 from rlx import benchmark, cli
 from rlx.errors import UserError
+from rlx.machine import commit
 from rlx.measuring import alternate, iterations_per_block, rate_with_refresh
 
 PEERS = Path(__file__).resolve().parent.parent / "experiments" / "benchmarks" / "against_peers.py"
@@ -53,7 +54,7 @@ def test_the_environment_and_training_are_measured_and_recorded(tmp_path, capsys
     assert (
         result["command"].startswith("rlx benchmark probe/lqr ppo --num-envs 8 ") and "--out" not in result["command"]
     )
-    assert result["versions"]["rlx"] and "cores" in result["device"]
+    assert result["versions"]["rlx"] and "cores" in result["device"] and result["commit"] == commit()
     printed = capsys.readouterr()
     assert "training / environment" in printed.out and "compiling" in printed.err
 
@@ -228,6 +229,21 @@ def test_against_peers_refuses_sizes_that_cannot_be_compared(peers, capsys, argu
     with pytest.raises(SystemExit) as exit:
         peers.parse(arguments)
     assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_against_peers_writes_a_file_for_each_environment_or_the_one_that_is_named(peers, tmp_path, monkeypatch):
+    run = {"steps_per_second": [2.0], "physics": "mjx", "note": "", **dict.fromkeys(peers.TIMES, 1.0)}
+    monkeypatch.setattr(peers, "in_new_process", lambda *arguments: run)
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    peers.main(["--envs", "CheetahRun", "HopperHop"])
+    peers.main(["--envs", "CheetahRun", "HopperHop", "--out", str(tmp_path / "both.json")])
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert {name: list(content["results"]) for name, content in found.items()} == {
+        "against_peers-CheetahRun.json": ["CheetahRun"],
+        "against_peers-HopperHop.json": ["HopperHop"],
+        "both.json": ["CheetahRun", "HopperHop"],
+    }
+    assert all(content["commit"] == commit() for content in found.values())
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 
 from rlx import cli
 from rlx.arguments import literal, option_value, take_env_overrides
-from rlx.doctor import examine
+from rlx.doctor import check_robot_models, examine
 from rlx.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -293,6 +293,30 @@ def test_a_policy_trained_on_one_engine_is_evaluated_on_another_and_resumed_on_i
     assert cli.main(["resume", run]) == 0
 
 
+FRAGILE = """
+from tests.worlds import Counter
+
+class Fragile(Counter):
+    def step(self, state, action, key):
+        state, timestep = super().step(state, action, key)
+        return state, timestep._replace(info={"diverged": (timestep.truncated & (state.start > 0.5)).astype(float)})
+"""
+
+
+def test_evaluations_tell_of_simulations_that_diverged(pair, capsys):
+    Path("fragile.py").write_text(FRAGILE)
+    arguments = [pair[0], "fragile.py:Fragile", *TINY, "--run-dir", "a", "--quiet"]
+    status, _, err = run(capsys, "train", *arguments)
+    assert status == 0, err
+    diverged = json.loads(Path("a/eval.json").read_text())["diverged"]
+    assert set(diverged) <= {0.0, 1.0}
+    rows = [json.loads(line) for line in Path("a/metrics.jsonl").read_text().splitlines()]
+    assert [row["eval/diverged"] for row in rows if "eval/return" in row][-1] == pytest.approx(np.mean(diverged))
+    out = run(capsys, "evaluate", "a", "--episodes", "32")[1]
+    lost = sum(json.loads(Path("a/eval.json").read_text())["diverged"])
+    assert 0 < lost < 32 and f"32 episodes, of which {lost:.0f} ended early because their simulation diverged" in out
+
+
 def test_a_module_of_the_working_directory_serves_too(pair, capsys):
     os.rename("my_algo.py", "my_module_algo.py")
     os.rename("my_env.py", "my_module_env.py")
@@ -332,6 +356,13 @@ def test_the_doctor_reports_every_piece_and_none_fails(capsys):
     assert len(lines) == 10 and not [line for line in lines if "FAILS" in line]
     status, out, _ = run(capsys, "doctor")
     assert status == 0 and out.splitlines()[0] == lines[0]
+
+
+def test_the_doctor_looks_for_robot_models_where_playground_will(monkeypatch, tmp_path):
+    monkeypatch.setenv("RLX_MENAGERIE_PATH", str(tmp_path))
+    assert check_robot_models() == f"in {tmp_path}"
+    monkeypatch.setenv("RLX_MENAGERIE_PATH", str(tmp_path / "absent"))
+    assert "absent is no directory" in check_robot_models()
 
 
 def test_the_doctor_goes_on_after_a_check_that_fails(monkeypatch):

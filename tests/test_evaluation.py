@@ -59,3 +59,19 @@ def test_an_episode_without_end_needs_a_cut():
     with pytest.raises(UserError, match="max_decisions"):
         evaluate(env)
     assert float(evaluate(env, max_decisions=4)(jax.random.key(0)).lengths[0]) == 4
+
+
+class Fragile(RandomLength):
+    """Every episode of one step diverges in it; NaN behind the end."""
+
+    def step(self, state, action, key):
+        (t, length), timestep = super().step(state, action, key)
+        diverged = jnp.where(t > length, jnp.nan, ((t == 1) & (length == 1)).astype(jnp.float32))
+        return (t, length), timestep._replace(info={"diverged": diverged})
+
+
+def test_episodes_whose_simulation_diverged_are_told_of_where_the_environment_tells():
+    result = evaluate(Fragile(), 64)(jax.random.key(0))
+    np.testing.assert_array_equal(result.diverged, result.lengths == 1)
+    assert 0 < result.diverged.sum() < 64
+    assert evaluate(RandomLength(), 4)(jax.random.key(0)).diverged is None

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import re
 import sys
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +22,11 @@ import pytest
 import scipy.stats
 from mujoco import mjx
 from mujoco_playground import registry
-from mujoco_playground._src import mjx_env
+from mujoco_playground._src import locomotion, manipulation, mjx_env
 
 import envs
 from envs.adapter import building
-from envs.names import DM_CONTROL
+from envs.names import DM_CONTROL, LOCOMOTION, MANIPULATION
 from envs.physics.native import STATE, NativeData
 from envs.playground import Playground, simulated_by
 from rlx.algorithm import Plan
@@ -198,6 +200,32 @@ def test_an_environment_that_diverges_is_truncated_where_it_was_and_the_others_n
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(again))
 
 
+@pytest.mark.parametrize("name", ["playground/PendulumSwingup", "brax/inverted_pendulum"])
+def test_an_environment_that_diverges_in_its_reset_begins_with_zeros_and_ends_at_its_first_step(name, monkeypatch):
+    env = envs.make(name, physics="mujoco")
+    task: Any = env
+    while not hasattr(task, "engine"):
+        task = task.env
+    monkeypatch.setattr(task.engine, "diverged", lambda data: data.time == 0)  # in the reset alone
+    state, obs = task.reset(jax.random.key(0), {})
+    assert not np.any(obs)
+    _, timestep = task.step(state, jnp.ones(task.spec.action.shape), jax.random.key(0))
+    assert timestep.truncated and timestep.info["diverged"] == 1.0 and not timestep.terminated
+    np.testing.assert_array_equal(timestep.final_obs, obs)
+
+
+@pytest.mark.parametrize("engine", ["mujoco", pytest.param("mjx", marks=pytest.mark.slow)])
+def test_an_impossible_model_ends_the_episode_and_gives_numbers(engine):
+    env = adapter("PointMass", engine)
+    keys = jax.random.split(jax.random.key(0), 3)
+    masses = jnp.tile(jnp.asarray(env.env.mj_model.body_mass, jnp.float32), (3, 1)).at[1].set(jnp.nan)
+    state, obs = jax.jit(jax.vmap(lambda key, mass: env.reset(key, {"body_mass": mass})))(keys, masses)
+    _, timestep = jax.jit(jax.vmap(env.step))(state, jnp.ones((3, 2)), keys)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((obs, timestep)))
+    np.testing.assert_array_equal(timestep.truncated, [False, True, False])
+    np.testing.assert_array_equal(timestep.info["diverged"], [0.0, 1.0, 0.0])
+
+
 def test_the_option_for_threads_reaches_the_engine():
     assert adapter("PendulumSwingup", "mujoco", physics_threads=3).engine.threads == 3
 
@@ -228,6 +256,21 @@ def test_the_functions_that_are_replaced_while_a_task_is_traced_are_those_that_i
         )
 
 
+RENDERING = {"create_render_context", "refit_bvh", "render", "get_rgb"}  # for pixels, which are refused
+
+
+@pytest.mark.parametrize("name", LOCOMOTION + MANIPULATION)
+def test_robot_tasks_simulate_by_the_functions_that_are_replaced(name):
+    """Without their models: the sources of the task and of what it inherits from."""
+    task = {**locomotion._envs, **manipulation._envs}[name]
+    modules = {base.__module__ for base in getattr(task, "func", task).__mro__ if "playground" in base.__module__}
+    sources = "".join(inspect.getsource(sys.modules[module]) for module in modules - {mjx_env.__name__})
+    message = MOVED.format(name=f"way to simulate {name}")
+    assert "mjx_env.make_data(" in sources and "mjx_env.step(" in sources, message
+    assert set(re.findall(r"\bmjx\.(\w+)\(", sources)) <= {"forward", "put_model"} | RENDERING, message
+    assert not re.search(r"import .*\b(forward|step|make_data)$", sources, re.MULTILINE), message
+
+
 @pytest.mark.parametrize("raising", [False, True])
 def test_what_is_replaced_is_restored_after_tracing(raising):
     env = adapter("PendulumSwingup", "mujoco")
@@ -239,6 +282,44 @@ def test_what_is_replaced_is_restored_after_tracing(raising):
         if raising:
             raise ZeroDivisionError
     assert (mjx_env.make_data, mjx_env.step, mjx.forward) == before and env.env.mjx_model is nominal
+
+
+@pytest.mark.parametrize("name", ["playground/PendulumSwingup", "brax/inverted_pendulum"])
+def test_two_threads_that_trace_at_once_restore_what_was_replaced(name):
+    import brax.fluid
+
+    from envs.brax import tracing
+
+    def patched():
+        if name.startswith("brax"):
+            return tracing()
+        return simulated_by(task.env, task.engine, {})
+
+    def current():
+        return mjx_env.make_data, mjx_env.step, mjx.forward, brax.fluid.jp
+
+    task, before = adapter("PendulumSwingup", "mujoco"), current()
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def first():
+        with patched():
+            inside.set()
+            leave.wait(60)
+
+    def second():
+        with patched():
+            seen.append(current())
+
+    threads = [threading.Thread(target=function) for function in (first, second)]
+    threads[0].start()
+    assert inside.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)  # where nothing holds it back it reads what the first has replaced
+    assert seen == []
+    leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(seen) == 1 and current() == before
 
 
 def test_models_that_are_not_the_tasks_own_are_left_to_mjx_while_it_is_traced():

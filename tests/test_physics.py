@@ -402,10 +402,33 @@ def test_an_error_of_mujoco_in_one_simulation_marks_that_one(monkeypatch):
     assert not np.array_equal(after.qpos[0], before.qpos[0])
 
 
+@pytest.mark.parametrize("memory", ["8K", "32K"])  # too little for the contacts, or for the constraints alone
+def test_contacts_that_do_not_fit_in_memory_are_told_once(memory, recwarn):
+    boxes = "".join(f'<body pos="{i} 0 .09"><freejoint/><geom type="box" size=".1 .1 .1"/></body>' for i in range(6))
+    ground = '<geom type="plane" size="9 9 .1"/>'
+    xml = f'<mujoco><size memory="{memory}"/><worldbody>{ground}{boxes}</worldbody></mujoco>'
+    engine = Native(mujoco.MjModel.from_xml_string(xml))
+    step = jax.jit(lambda: engine.step(engine.model, engine.make_data(), jnp.zeros(0), 2))
+    for _ in range(2):
+        assert not step()._impl.diverged
+    (warning,) = (w for w in recwarn if "memory is full" in str(w.message))
+    assert "raise `memory` in <size>" in str(warning.message)
+
+
 @pytest.mark.parametrize(("qvel", "diverged"), [(1.0, False), (jnp.nan, True), (1e11, True)])
 def test_mjx_marks_what_is_not_finite_or_huge(qvel, diverged):
     engine = physics.make("mjx", pendulum())
     assert bool(engine.diverged(engine.make_data(qvel=jnp.full(pendulum().nv, qvel)))) is diverged
+
+
+def test_an_impossible_model_shows_without_a_step():
+    native, xla = engine_of(pendulum()), physics.make("mjx", pendulum())
+    masses = {"body_mass": jnp.full(pendulum().nbody, jnp.nan)}
+    for engine in (native, xla):
+        model = physics.with_overrides(engine.model, masses)
+        with foreign():
+            data = jax.jit(lambda engine=engine, model=model: engine.forward(model, engine.make_data()))()
+        assert engine.diverged(data)
 
 
 def test_asking_for_gradients_is_refused_and_the_way_out_is_named():
@@ -490,6 +513,12 @@ def test_auto_picks_by_device(platform, warp, engine, monkeypatch):
     assert physics.resolve("auto") == engine
 
 
+@pytest.mark.parametrize("threads", [-1, 1.5, True])
+def test_a_number_of_threads_that_is_none_is_refused(threads):
+    with pytest.raises(UserError, match=f"physics_threads = {threads}.*0 for all cores"):
+        physics.make("mujoco", pendulum(), threads=threads)
+
+
 def override_cases(model: mujoco.MjModel) -> dict[str, np.ndarray]:
     """Changes of the usual fields, per simulation [BATCH, ...]."""
     rng = np.random.default_rng(1)
@@ -521,8 +550,6 @@ def override_cases(model: mujoco.MjModel) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float32) for name, value in cases.items()}
 
 
-# What a change of the field leads to, where MuJoCo's compiler or mj_setConst would derive it, and MJX too uses.
-DERIVED = {"body_mass": ("body_subtreemass",), "geom_size": ("geom_rbound", "geom_aabb")}
 OVERRIDES = tuple(override_cases(pendulum()))
 
 
@@ -585,6 +612,29 @@ def test_a_geom_that_grows_is_hit():
     assert far == 0.0 and near > 0.01
 
 
+SHAPES = """
+<mujoco>
+  <asset><mesh name="tet" vertex="0 0 0 1 0 0 0 1 0 0 0 1"/></asset>
+  <worldbody>
+    <geom type="plane" size="5 5 .1"/><geom type="sphere" size="{0}"/><geom type="capsule" size="{0} .2"/>
+    <geom type="ellipsoid" size=".1 {0} .3"/><geom type="cylinder" size="{0} .2"/><geom type="box" size=".1 .2 {0}"/>
+    <geom type="mesh" mesh="tet"/>
+  </worldbody>
+</mujoco>
+"""
+
+
+def test_what_bounds_a_geom_of_another_size_is_what_mujoco_compiles():
+    small, large = (mujoco.MjModel.from_xml_string(SHAPES.format(size)) for size in (0.1, 0.7))
+    model = mjx.put_model(small, impl="jax")
+    sizes = {"geom_size": jnp.asarray(large.geom_size, jnp.float32)}
+    found = physics.with_overrides(model, sizes)
+    np.testing.assert_allclose(found.geom_rbound, large.geom_rbound, rtol=1e-6)
+    np.testing.assert_allclose(found.geom_aabb, large.geom_aabb, rtol=1e-6, atol=1e-7)
+    kept = physics.with_overrides(model, sizes | {"geom_rbound": model.geom_rbound})
+    np.testing.assert_array_equal(kept.geom_rbound, model.geom_rbound)
+
+
 def test_constants_are_derived_again_only_when_overrides_change(monkeypatch):
     engine, calls = engine_of(contacts()), []
     derive = batches.Batch.set_const
@@ -600,13 +650,34 @@ def test_constants_are_derived_again_only_when_overrides_change(monkeypatch):
     assert calls == [BATCH, 2]
 
 
-def test_overrides_that_mujoco_cannot_take_are_refused_with_its_reason_each_time():
-    engine, model = engine_of(pendulum(), ("sensordata",)), pendulum()
-    values = np.tile(model.body_ipos, (BATCH, 1, 1)) + np.float32(0.01)  # the free block was compiled as balanced
+def test_a_simulation_whose_overrides_mujoco_refuses_is_marked_and_the_others_never_notice():
+    engine, model, sick = engine_of(pendulum(), ("sensordata",)), pendulum(), np.arange(BATCH) == 2
+    values = np.tile(np.asarray(model.body_ipos, np.float32), (BATCH, 1, 1))
+    values[:, 2, 2] -= np.linspace(0, 0.1, BATCH, dtype=np.float32)  # the lower arm's
+    healthy = overridden_step(engine_of(model, ("sensordata",)), "body_ipos", values, *first_draws(model))
+    values[2, 3] += 0.01  # the free block was compiled as balanced
+
+    def step(value, qvel, ctrl):
+        model = physics.with_overrides(engine.model, {"body_ipos": value})
+        data = engine.step(model, engine.make_data(qvel=qvel), ctrl, 2)
+        return {"qpos": data.qpos, "qvel": data.qvel, "sensordata": data.sensordata}, engine.diverged(data)
+
+    with pytest.warns(UserWarning, match="cannot take: .*simple='false'"):
+        out, diverged = jax.jit(jax.vmap(step))(values, *first_draws(model))
+    np.testing.assert_array_equal(diverged, sick)
+    assert_equal(*(jax.tree.map(lambda x: np.asarray(x)[~sick], values) for values in (out, healthy)))
+    np.testing.assert_array_equal(out["qpos"][2], model.qpos0.astype(np.float32))
+    again = jax.jit(jax.vmap(step))(values, *first_draws(model))  # without another warning
+    assert_equal(again, (out, diverged))
+    values[2, 3] -= 0.01
+    out, diverged = jax.jit(jax.vmap(step))(values, *first_draws(model))
+    assert not diverged.any()
+    np.testing.assert_allclose(out["qpos"], healthy["qpos"], rtol=1e-6)
+
+
+def first_draws(model):
     qvel, controls = draws(model, BATCH, steps=1)
-    for _ in range(2):
-        with pytest.raises(Exception, match="cannot override body_ipos of this model: .*simple='false'"):
-            overridden_step(engine, "body_ipos", values, qvel, controls[:, 0])
+    return qvel, controls[:, 0]
 
 
 @pytest.mark.parametrize(

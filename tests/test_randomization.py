@@ -12,7 +12,8 @@ import pytest
 from mujoco import mjx
 
 import envs
-from envs.randomization import check, from_playground
+from envs import physics
+from envs.randomization import check, from_playground, randomized
 from envs.wrappers import DomainRandomization, FixedPoint, TimeLimit
 from rlx.algorithm import Plan
 from rlx.algorithms import ppo
@@ -260,6 +261,57 @@ def test_a_file_names_the_function_and_variants_repeat(tmp_path):
 def test_what_is_no_draw_is_refused_when_the_environment_is_built(name, function, message):
     with pytest.raises(UserError, match=message):
         envs.make(name, "mujoco", randomize=function)
+
+
+class Still:
+    """Holds params; nothing moves."""
+
+    spec = Spec(obs=None, action=Box((1,)), params={})
+
+
+def cube_and_arm():
+    """As in Playground's manipulation tasks: a cube that the compiler found balanced, and something that is not."""
+    cube = '<body name="cube"><freejoint/><geom type="box" size=".1 .1 .1"/></body>'
+    arm = '<body name="arm" pos="1 0 0"><joint axis="0 1 0"/><geom size=".1" pos=".2 0 0"/></body>'
+    return mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{cube}{arm}</worldbody></mujoco>")
+
+
+def shifted(key, model, body):
+    shift = jax.random.uniform(key, (3,), minval=-5e-3, maxval=5e-3)
+    return {"body_mass": 1.1 * model.body_mass, "body_ipos": model.body_ipos.at[body].add(shift)}
+
+
+@pytest.mark.parametrize("variants", [None, 3])
+def test_a_field_that_the_engine_can_never_override_is_refused_when_the_environment_is_built(variants):
+    model = cube_and_arm()
+    engines = {name: physics.make(name, model) for name in ("mujoco", "mjx")}
+    cube, arm = ({"randomize": functools.partial(shifted, body=body)} for body in (1, 2))
+    message = "it: randomize: .*can never override body_ipos: .*body 'cube' is compiled as simple.*physics = 'mjx'"
+    options = {"randomize_variants": variants} if variants else {}
+    with pytest.raises(UserError, match=message):
+        randomized("it", Still(), engines["mujoco"], cube | options)
+    randomized("it", Still(), engines["mjx"], cube | options)
+    randomized("it", Still(), engines["mujoco"], arm | options)
+
+
+def test_a_draw_of_nothing_is_a_draw():
+    randomized("it", Still(), physics.make("mujoco", cube_and_arm()), {"randomize": lambda key, model: {}})
+
+
+def larger(key, model, geom):
+    return {"geom_size": model.geom_size.at[geom].mul(jax.random.uniform(key, (), minval=1.0, maxval=2.0))}
+
+
+@pytest.mark.parametrize("engine", ["mujoco", "mjx"])
+def test_the_size_of_a_mesh_is_not_to_be_drawn(engine):
+    mesh = '<asset><mesh name="tet" vertex="0 0 0 1 0 0 0 1 0 0 0 1"/></asset>'
+    geoms = '<geom type="mesh" mesh="tet"/><geom size=".1"/>'
+    found = physics.make(
+        engine, mujoco.MjModel.from_xml_string(f"<mujoco>{mesh}<worldbody>{geoms}</worldbody></mujoco>")
+    )
+    with pytest.raises(UserError, match="geom_size: geom 0 takes its shape from a mesh"):
+        randomized("it", Still(), found, {"randomize": functools.partial(larger, geom=0)})
+    randomized("it", Still(), found, {"randomize": functools.partial(larger, geom=1)})
 
 
 @pytest.mark.parametrize(

@@ -247,8 +247,10 @@ def test_a_run_directory_holds_what_the_design_says(tmp_path):
     assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "eval.json", "curve.png"} <= names
     evaluation = json.loads((tmp_path / "run/eval.json").read_text())
     assert evaluation["step"] == 192 and len(evaluation["returns"]) == len(evaluation["lengths"]) == 4
+    assert "diverged" not in evaluation and "eval/diverged" not in result.history[-1]  # it has no simulation
     assert result.history[-1]["eval/return"] == np.mean(evaluation["returns"])
     assert [row["step"] for row in result.history] == [0, 32, 64, 96, 128, 160, 192]
+    assert json.loads((tmp_path / "run/config.json").read_text())["machine"]["deterministic"] is True
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

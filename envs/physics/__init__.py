@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from rlx.errors import UserError, unknown
+from rlx.errors import UserError, require, unknown
 
 if TYPE_CHECKING:
     import jax
@@ -100,10 +100,12 @@ def make(
     """An engine for `mj_model`.
 
     `model`: the engine's own form of it, where the caller has that already. `threads`: of the native engine; 0 for all
-    cores. `sizes`: Warp's (`envs.physics.mjx.MJX`). Raises UserError for an engine that cannot be had, ValueError or
-    NotImplementedError out of MJX for a model that it cannot simulate.
+    cores. `sizes`: Warp's (`envs.physics.mjx.MJX`). Raises UserError for an engine that cannot be had or a number of
+    threads that is none, ValueError or NotImplementedError out of MJX for a model that it cannot simulate.
     """
     name = resolve(physics)
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    require(whole and threads >= 0, "physics_threads", threads, "a whole number of at least 0; 0 for all cores")
     if name == "mujoco":
         from envs.physics.native import Native
 
@@ -137,7 +139,34 @@ def with_overrides(model: mjx.Model, overrides: Mapping[str, jax.Array]) -> mjx.
     if "body_mass" in overrides and "body_subtreemass" not in overrides:
         # Both C and MJX read it, for centres of mass and their velocities; neither recomputes it.
         model = model.replace(body_subtreemass=subtrees(model.body_parentid) @ model.body_mass)
+    if "geom_size" in overrides and model.impl.value != "cpp":  # C derives them itself
+        derived = dict(zip(("geom_rbound", "geom_aabb"), bounds(model), strict=True))
+        model = model.replace(**{name: value for name, value in derived.items() if name not in overrides})
     return model
+
+
+def bounds(model: mjx.Model) -> tuple[jax.Array, jax.Array]:
+    """`geom_rbound` and `geom_aabb` that follow from `geom_size`; those of planes, meshes and height fields stay.
+
+    By them MJX ranks pairs, where a model caps their number, and Warp leaves pairs out.
+    """
+    import jax.numpy as jnp
+    from mujoco import mjtGeom
+
+    radius, box = jnp.asarray(model.geom_rbound), jnp.asarray(model.geom_aabb)
+    box_shape, box = box.shape, box.reshape(-1, 6)  # Warp's has a shape of its own
+    of_kind: dict[mjtGeom, Callable[[jax.Array], tuple[Any, jax.Array]]] = {  # sizes [n, 3] -> reach [n], half [n, 3]
+        mjtGeom.mjGEOM_SPHERE: lambda s: (s[:, 0], s[:, [0, 0, 0]]),
+        mjtGeom.mjGEOM_CAPSULE: lambda s: (s[:, 0] + s[:, 1], s[:, [0, 0, 0]].at[:, 2].add(s[:, 1])),
+        mjtGeom.mjGEOM_ELLIPSOID: lambda s: (s.max(axis=1), s),
+        mjtGeom.mjGEOM_CYLINDER: lambda s: (jnp.hypot(s[:, 0], s[:, 1]), s[:, [0, 0, 1]]),
+        mjtGeom.mjGEOM_BOX: lambda s: (jnp.linalg.norm(s, axis=1), s),
+    }
+    for kind, derive in of_kind.items():
+        rows = np.flatnonzero(np.asarray(model.geom_type) == kind)
+        reach, half = derive(jnp.asarray(model.geom_size)[rows])
+        radius, box = radius.at[rows].set(reach), box.at[rows, 3:].set(half)
+    return radius, box.reshape(box_shape)
 
 
 def subtrees(parents: np.ndarray) -> np.ndarray:

@@ -49,5 +49,6 @@ class MJX:
         return data.replace(_impl=self.make_data()._impl)
 
     def diverged(self, data: mjx.Data) -> jax.Array:
-        in_range = [(jnp.abs(x) <= mujoco.mjMAXVAL).all() for x in (data.qpos, data.qvel)]  # False for nan
-        return ~(in_range[0] & in_range[1])
+        # After a reset without steps an impossible model shows in its accelerations alone.
+        in_range = [(jnp.abs(x) <= mujoco.mjMAXVAL).all() for x in (data.qpos, data.qvel, data.qacc)]  # False for nan
+        return ~(in_range[0] & in_range[1] & in_range[2])

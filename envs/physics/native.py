@@ -7,7 +7,8 @@ calls but scratch memory, so `jit`, `scan`, `vmap`, donation and bit-exact resum
 result is that of a loop over `mj_step` whose state is rounded to float32 after each control step.
 
 A simulation that MuJoCo gives up (an error, or positions, velocities, accelerations or controls that are not finite or
-huge) keeps the state it came with and is marked (`diverged`); the others go on.
+huge), or whose overrides of the model it does not take, keeps the state it came with and is marked (`diverged`); the
+others go on.
 
 On a CPU `buffer_callback` reads and writes XLA's own memory; `pure_callback`, which serves learners on an accelerator,
 goes through `jax.device_put`, which on a CPU costs copies and can deadlock (jax issues 24255 and 25861).
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +29,8 @@ from jax.experimental.buffer_callback import buffer_callback
 from mujoco import mjx
 from mujoco.batch import DATA_FIELDS, MODEL_FIELDS
 
-from envs.physics import IMPLEMENTATIONS
-from envs.physics.batches import Batches
+from envs.physics import IMPLEMENTATIONS, with_overrides
+from envs.physics.batches import Batches, refusal
 from rlx.errors import UserError
 from rlx.machine import usable_cores
 
@@ -147,6 +148,13 @@ class Native:
                     f"data.{field} is not a derived field of MuJoCo's; there are {', '.join(self._derivable)}."
                 )
         self.fields = tuple(sorted({*self.fields, *fields}))
+
+    def check_overrides(self, overrides: Mapping[str, jax.Array]) -> None:
+        """Raises UserError if there are `overrides`, [n, ...] each, that MuJoCo takes in none of n simulations."""
+        arrays = jax.vmap(lambda values: replaced(self.model, with_overrides(self.model, values)))(overrides)
+        reason = refusal(self.mj_model, {name: np.asarray(value) for name, value in arrays.items()})
+        if reason:
+            raise UserError(f"physics = 'mujoco' can never override {reason}. physics = 'mjx' has no such limit.")
 
     def make_data(self, **fields: Any) -> mjx.Data:
         state = {p.name: jnp.asarray(getattr(self._like, p.name), p.dtype).reshape(p.shape) for p in self._state}

@@ -41,9 +41,9 @@ from pathlib import Path
 from typing import Any
 
 from rlx.logging import versions, write_atomically
-from rlx.machine import usable_cores
+from rlx.machine import commit, usable_cores
 
-RESULTS = Path(__file__).parent / "results" / "against_peers.json"
+RESULTS = Path(__file__).parent / "results"
 CONTENDERS = (("brax", "mjx"), ("rlx", "mjx"), ("rlx", "auto"))
 ITERATIONS = {"CheetahRun": 12, "HopperHop": 2}  # of an epoch, seconds on MJX; Cheetah's resets take 200 steps each
 LEARNING_RATE, GAMMA, GAE_LAMBDA, CLIP_EPS, ENTROPY, MAX_GRAD_NORM, REWARD_SCALE = 1e-3, 0.99, 0.95, 0.2, 1e-3, 0.5, 0.1
@@ -235,7 +235,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-epochs", type=int, default=4, help="passes over the data of an iteration")
     parser.add_argument("--num-minibatches", type=int, default=8)
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 64], help="layers of actor and critic")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="one file for all (results/against_peers-ENV.json, one for each)")
     for name in ("--worker", "--env", "--physics", "--result"):
         parser.add_argument(name, default="", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str]) -> None:
         raw = {"rlx": run_rlx, "brax": run_brax}[args.worker](args)
         Path(args.result).write_text(json.dumps(raw))
         return
-    results = {}
+    results: dict[str, Any] = {}
     for env in args.envs:
         runs: dict[str, list[dict[str, Any]]] = {" ".join(contender): [] for contender in CONTENDERS}
         for round_ in range(args.rounds):
@@ -262,7 +262,13 @@ def main(arguments: Sequence[str]) -> None:
                 runs[f"{library} {physics}"].append(in_new_process(args, env, library, physics, round_))
         summaries = {contender: summarize(found) for contender, found in runs.items()}
         print(show(env, summaries), flush=True)
+        results = results if args.out else {}
         results[env] = {"contenders": summaries, "ratios": ratios(summaries)}
+        write(args.out or RESULTS / f"against_peers-{env}.json", results, args, arguments)
+
+
+def write(path: Path, results: Mapping[str, Any], args: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """`results`, and what they were measured with."""
     kept = ("epochs", "num_envs", "unroll_length", "num_epochs", "num_minibatches", "hidden")
     content = {
         "results": results,
@@ -270,9 +276,10 @@ def main(arguments: Sequence[str]) -> None:
         "device": f"{platform.machine()}, {usable_cores()} cores",
         "versions": versions(),
         "command": shlex.join(["python", "experiments/benchmarks/against_peers.py", *arguments]),
+        "commit": commit(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, json.dumps(content, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

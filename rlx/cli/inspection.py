@@ -48,6 +48,7 @@ def evaluate(arguments: list[str]) -> int:
             import jax
 
             from rlx.evaluation import make_evaluate
+            from rlx.recording import episodes
             from rlx.schedule import make_schedule, one_device
             from rlx.training import build_algorithm, load_policy
 
@@ -72,11 +73,13 @@ def evaluate(arguments: list[str]) -> int:
                 result = jax.device_get(player(config)(policy, key))
             entry = {"step": step, "mode": options.mode, "seed": seed, "best": options.best}
             entry["physics"] = run.env.spec.physics or run.pair.physics
-            entry |= {"returns": result.returns.tolist(), "lengths": result.lengths.tolist()}
+            entry |= episodes(result)
             if options.mode == "greedy":
                 write_atomically(path / "eval.json", json.dumps(entry) + "\n")
             mean, std = result.returns.mean(), result.returns.std()
             text = f"mean return {mean:.4g}, standard deviation {std:.4g}, {options.episodes} episodes"
+            lost = 0 if result.diverged is None else int(result.diverged.sum())
+            text += f", of which {lost} ended early because their simulation diverged" if lost else ""
             print(f"{name}step {step:,}: {text}")
     return 0
 
