@@ -355,11 +355,11 @@ from envs.physics.batches import Batches
 model = mujoco.MjModel.from_xml_string(
     "<mujoco><worldbody><body><joint/><geom size='.1' pos='1 0 0'/></body></worldbody></mujoco>"
 )
-batches = Batches(model, 2)
+batches = Batches(model)
 width = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION)
 def run():
     out, failed = np.empty((4, width), np.float32), np.empty(4, bool)
-    batches.run(3, (), (), out, failed, np.zeros((4, width), np.float32))
+    batches.run(2, 3, (), (), out, failed, np.zeros((4, width), np.float32))
     return out
 first = run()
 child = os.fork()

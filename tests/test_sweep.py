@@ -200,6 +200,7 @@ def test_a_signal_between_programs_stops_the_sweep_and_it_goes_on_from_there(tmp
     assert "num_epochs=2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_program_that_is_refused_does_not_keep_the_others_from_running(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     real = training.train_many
