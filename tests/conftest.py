@@ -13,6 +13,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first: as the last one it would leave the other processes idle."""
+    items.sort(key=lambda item: "test_sharding" not in item.nodeid)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_device():
     """JAX begins before a command line of many runs in this process could give it more CPU devices."""

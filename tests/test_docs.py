@@ -28,6 +28,7 @@ def test_the_examples_of_contributing_train_together(tmp_path, monkeypatch, caps
     assert "continuous" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_randomised_model_of_contributing_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("my_worlds.py").write_text(blocks("CONTRIBUTING.md")[2])

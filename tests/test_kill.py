@@ -223,7 +223,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, name, tmp_
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("reader", ["reads on", "has stopped reading"])
+@pytest.mark.parametrize("reader", ["reads on", pytest.param("has stopped reading", marks=pytest.mark.slow)])
 def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(whole, name, tmp_path, reader):
     """The signal may come while a report is being written, which takes as long as the reader likes."""
     run = train(name, tmp_path / "run")

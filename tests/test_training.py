@@ -178,6 +178,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(tmp_path, stop_after)
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_native_physics_resumes_bit_for_bit(tmp_path):
     """Under randomised models, so that overrides, staggered cuts and the pool are part of what is restored."""
 
