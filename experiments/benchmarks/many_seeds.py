@@ -86,7 +86,11 @@ def main() -> None:
         found = measure(env, options.num_seeds, options.parallel, flags)
         found |= {"num_seeds": options.num_seeds, "total_steps": options.total_steps}
         found |= {"versions": versions(), "commit": commit()}
-        found |= {"cores": usable_cores(), "machine": platform.machine(), "command": shlex.join(sys.argv)}
+        found |= {
+            "cores": usable_cores(),
+            "machine": platform.machine(),
+            "command": shlex.join(["experiments/benchmarks/many_seeds.py", *sys.argv[1:]]),
+        }
         results[f"{env}, {options.num_seeds} seeds"] = found
         write_atomically(options.out, json.dumps(results, indent=1) + "\n")
         apart = {name: seconds for name, seconds in found.items() if name.startswith("processes")}

@@ -108,7 +108,14 @@ def main() -> None:
             cells = [kind, devices, f"{num_envs:,}", *mib, share, f"{1e3 * row['seconds']:.2f} ms"]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     about = {"env": options.env, "bandwidth": options.bandwidth, "latency": options.latency, "versions": versions()}
-    write_atomically(options.out, json.dumps(about | {"command": shlex.join(sys.argv), "rows": rows}, indent=1) + "\n")
+    write_atomically(
+        options.out,
+        json.dumps(
+            about | {"command": shlex.join(["experiments/benchmarks/scaling.py", *sys.argv[1:]]), "rows": rows},
+            indent=1,
+        )
+        + "\n",
+    )
 
 
 if __name__ == "__main__":
