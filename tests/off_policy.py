@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from rlx.algorithm import Plan
-from rlx.replay import Batch
 from rlx.types import Box, Spec, Transition
 
 CONTINUOUS = Spec(obs=jax.ShapeDtypeStruct((3,), jnp.float32), action=Box((2,)), episode_length=10)
@@ -46,21 +47,18 @@ def trajectory_of(spec, seed=0, plan=PLAN):
     return Transition(obs, action, jax.random.normal(reward_key, shape), chance < 0.2, chance > 0.8, next_obs, ())
 
 
-def one_update(module, config, spec=CONTINUOUS, iteration=0, plan=PLAN):
+@functools.cache
+def built(module, config, asymmetric=False):
+    """The algorithm, its update, jitted once for all tests, and a learner."""
+    algorithm = module.make(config, ASYMMETRIC if asymmetric else CONTINUOUS, PLAN)
+    return algorithm, jax.jit(algorithm.update), jax.jit(algorithm.init)(jax.random.key(0))
+
+
+def one_update(module, config, asymmetric=False, iteration=0):
     """The algorithm, its learner before, and what one update makes of it: (state, metrics)."""
-    algorithm = module.make(config, spec, plan)
-    learner = algorithm.init(jax.random.key(0))
-    update = jax.jit(algorithm.update)
-    return algorithm, learner, update(learner, trajectory_of(spec, plan=plan), jnp.int32(iteration), jax.random.key(3))
-
-
-def batch_of(size=5, discount=0.9):
-    """Random, for the losses alone; every second transition terminated."""
-    keys = jax.random.split(jax.random.key(7), 4)
-    obs, next_obs = (jax.random.normal(key, (size, 3)) for key in keys[:2])
-    action = jax.random.uniform(keys[2], (size, 2), minval=-1.0, maxval=1.0)
-    discounts = jnp.where(jnp.arange(size) % 2, 0.0, discount).astype(jnp.float32)
-    return Batch(obs, action, jax.random.normal(keys[3], (size,)), discounts, next_obs)
+    algorithm, update, learner = built(module, config, asymmetric)
+    trajectory = trajectory_of(ASYMMETRIC if asymmetric else CONTINUOUS)
+    return algorithm, learner, update(learner, trajectory, jnp.int32(iteration), jax.random.key(3))
 
 
 def constant_critic(critic, values):

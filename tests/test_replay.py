@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,15 @@ import pytest
 
 from rlx import replay as replay_module
 from rlx.algorithm import Plan
+from rlx.algorithms import sac
+from rlx.compilation import compile_run
+from rlx.logging import Progress
 from rlx.replay import Rows, check_replay, make_replay, mix, sample_data
 from rlx.returns import n_step_returns
+from rlx.schedule import TrainConfig, make_schedule
+from rlx.training import train_many
 from rlx.types import Box, Spec, Transition, UserError
+from tests.worlds import Counter
 
 PLAN = Plan(num_envs=6, unroll_length=3, num_iterations=100, num_groups=2)
 SPEC = Spec(obs=jax.ShapeDtypeStruct((2,), jnp.float32), action=Box((1,)))
@@ -210,3 +218,42 @@ def test_a_ring_that_does_not_fit_is_refused_with_the_largest_that_does(monkeypa
     with pytest.raises(UserError, match=f"replay_size = 1000000 .* the largest that fits is {largest}"):
         check_replay(PLAN, SPEC, 1_000_000, (8,), "float32")
     check_replay(PLAN, SPEC, largest, (8,), "float32")
+
+
+@pytest.mark.parametrize("num_runs", [1, 2], ids=["one run", "two runs"])
+def test_a_whole_epoch_of_a_learner_copies_no_ring(num_runs):
+    """Neither the loop around it, nor drawing, nor the guard against values that are not finite, needs a second one."""
+    sizes = TrainConfig(total_steps=16 * 12, num_envs=4, unroll_length=4, iterations_per_epoch=6, num_evals=0)
+    config = sac.Config(
+        actor_hidden=(8,),
+        critic_hidden=(8,),
+        batch_size=16,
+        updates_per_iteration=2,
+        replay_size=200_000,
+        prefill_steps=32,
+    )
+    env = Counter(5)
+    schedule = make_schedule(env, sizes, num_runs)
+    algorithm = sac.make(config, env.spec, schedule.plan)
+    key = jax.random.key(0) if num_runs == 1 else jax.random.split(jax.random.key(0), num_runs)
+    programs = compile_run(env, lambda varied: algorithm, schedule, sizes, key, {}, None, Progress(quiet=True))
+    ring = programs.abstract_state.learner.experience.rows
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring))
+    found = programs.epoch.memory_analysis()
+    assert size > 5_000_000 * num_runs > 20 * found.temp_size_in_bytes
+    assert found.output_size_in_bytes - found.alias_size_in_bytes < size / 20
+
+
+def test_of_many_runs_one_that_fails_is_stopped_and_the_others_learn_on():
+    """A NaN gets into its ring, which is not taken back; its parameters are."""
+    sizes = TrainConfig(total_steps=16 * 12, num_envs=4, unroll_length=4, iterations_per_epoch=4, num_evals=0)
+    config = sac.Config(
+        actor_hidden=(8,), critic_hidden=(8,), batch_size=16, updates_per_iteration=2, replay_size=200, prefill_steps=16
+    )
+    runs = {f"seed-{seed}": (dataclasses.replace(sizes, seed=seed), config) for seed in range(4)}
+    found = train_many(Counter(5, nan_at=0.9), sac, runs, progress=Progress(quiet=True))
+    failed = {name for name, run in found.items() if run.error}
+    assert 0 < len(failed) < 4
+    for name, run in found.items():
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(run.state.learner.learned))
+        assert (int(run.state.iteration) == 12) == (name not in failed)

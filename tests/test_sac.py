@@ -11,7 +11,7 @@ import pytest
 
 from rlx.algorithms import sac
 from rlx.types import Discrete, UserError
-from tests.off_policy import ASYMMETRIC, CONTINUOUS, PLAN, SMALL, constant_critic, one_update, trajectory_of
+from tests.off_policy import ASYMMETRIC, CONTINUOUS, PLAN, SMALL, built, constant_critic, one_update, trajectory_of
 
 CONFIG = sac.Config(**SMALL)
 ONE = dataclasses.replace(CONFIG, updates_per_iteration=1)
@@ -22,15 +22,12 @@ NEVER = jnp.zeros_like(PLAIN.terminated)
 
 def update_with(config, trajectory, critic=(0.0, 0.0), target_critic=(0.0, 0.0), seed=3):
     """Metrics of one update of a learner whose critics are constants."""
-    algorithm = sac.make(config, CONTINUOUS, PLAN)
-    state = algorithm.init(jax.random.key(0))
+    _, update, state = built(sac, config)
     learned = state.learned
     params = learned.params | {"critic": constant_critic(learned.params["critic"], critic)}
     learned = learned._replace(params=params, target_critic=constant_critic(learned.target_critic, target_critic))
-    update = jax.jit(algorithm.update)
-    return {
-        k: float(v) for k, v in update(state._replace(learned=learned), trajectory, 0, jax.random.key(seed))[1].items()
-    }
+    _, metrics = update(state._replace(learned=learned), trajectory, jnp.int32(0), jax.random.key(seed))
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def endings(terminated, truncated, reward=1.0):
@@ -77,16 +74,13 @@ def test_targets_and_both_other_losses_carry_the_entropy_of_the_policy():
     config = dataclasses.replace(
         ONE, init_alpha=0.5, batch_size=20_000, gamma=0.9, critic_learning_rate=1e-20, target_entropy_scale=0.7
     )
-    algorithm = sac.make(config, CONTINUOUS, PLAN)
-    state = algorithm.init(jax.random.key(0))
+    _, update, state = built(sac, config)
     params = state.params | {
         "actor": jax.tree.map(jnp.zeros_like, state.params["actor"]),
         "critic": constant_critic(state.params["critic"], (4.0, 3.0)),
     }
     learned = state.learned._replace(params=params, target_critic=constant_critic(params["critic"], (4.0, 3.0)))
-    after, metrics = jax.jit(algorithm.update)(
-        state._replace(learned=learned), endings(False, False), 0, jax.random.key(0)
-    )
+    after, metrics = update(state._replace(learned=learned), endings(False, False), jnp.int32(0), jax.random.key(0))
     entropy = entropy_of_squashed_normal(np.log(2) + config.min_std, 2)
     assert float(metrics["entropy"]) == pytest.approx(entropy, abs=0.02)
     assert float(metrics["target"]) == pytest.approx(1 + 0.9 * (3 + 0.5 * entropy), abs=0.02)
@@ -127,10 +121,9 @@ def test_entropy_converges_to_its_target():
         critic_learning_rate=1e-2,
         alpha_learning_rate=3e-2,
     )
-    algorithm = sac.make(config, CONTINUOUS, PLAN)
-    state, update = algorithm.init(jax.random.key(0)), jax.jit(algorithm.update)
+    _, update, state = built(sac, config)
     for iteration in range(6):
-        state, metrics = update(state, trajectory, iteration, jax.random.key(iteration))
+        state, metrics = update(state, trajectory, jnp.int32(iteration), jax.random.key(iteration))
     assert float(metrics["entropy"]) == pytest.approx(-0.75 * 2, abs=0.05)
 
 
@@ -139,8 +132,9 @@ def test_losses_use_the_statistics_of_acting_which_update_last():
     raw = dataclasses.replace(CONFIG, normalize_obs=False)
     results = []
     for config in (CONFIG, raw):
-        algorithm, _, (state, _) = one_update(sac, config)
-        second, _ = algorithm.update(state, trajectory_of(CONTINUOUS, 1), 1, jax.random.key(0))
+        _, update, _ = built(sac, config)
+        _, _, (state, _) = one_update(sac, config)
+        second, _ = update(state, trajectory_of(CONTINUOUS, 1), jnp.int32(1), jax.random.key(0))
         results.append((state, second))
     (first, second), (first_raw, second_raw) = results
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), first.learned, first_raw.learned)
@@ -154,21 +148,21 @@ def test_losses_use_the_statistics_of_acting_which_update_last():
 
 def test_prefill_only_gathers_by_random_actions_and_then_the_policy_acts():
     config = dataclasses.replace(CONFIG, prefill_steps=2 * 24 + 5)
-    algorithm = sac.make(config, CONTINUOUS, PLAN)
-    state, update = algorithm.init(jax.random.key(0)), jax.jit(algorithm.update)
-    obs = jnp.full((4, 3), 2.0)
+    algorithm, update, state = built(sac, config)
+    act = jax.jit(algorithm.act, static_argnums=4)
 
     def spread(mode, state):
-        """How far actions of many keys reach, with a policy that hardly moves."""
+        """How far the actions of a policy reach that is sure to act at a border."""
         actor = jax.tree.map(lambda x: 0.0 * x - 9.0, state.params["actor"])
         policy = algorithm.policy(state, mode)._replace(actor=actor)
-        actions = [algorithm.act(policy, (), obs, jax.random.key(seed), mode)[1] for seed in range(50)]
-        return float(jnp.stack(actions).std())
+        return float(act(policy, (), jnp.full((200, 3), 2.0), jax.random.key(0), mode)[1].std())
 
     for iteration in range(3):
         assert (spread("explore", state) > 0.5) == (iteration < 2)
         assert spread("sample", state) < 0.5
-        after, metrics = update(state, trajectory_of(CONTINUOUS, iteration), iteration, jax.random.key(iteration))
+        after, metrics = update(
+            state, trajectory_of(CONTINUOUS, iteration), jnp.int32(iteration), jax.random.key(iteration)
+        )
         changed = (
             after.params["critic"]["params"]["output"]["kernel"] != state.params["critic"]["params"]["output"]["kernel"]
         )
@@ -190,11 +184,11 @@ def test_policy_prefill_and_runs_from_another_policy_act_by_the_policy(change):
 
 def test_actor_and_critic_read_their_own_entries_and_nothing_else_is_kept():
     config = dataclasses.replace(CONFIG, critic_obs_key="privileged_state")
-    _, _, (state, _) = one_update(sac, config, ASYMMETRIC)
+    _, _, (state, _) = one_update(sac, config, asymmetric=True)
     assert set(state.experience.rows.obs) == set(state.experience.statistics.mean) == {"state", "privileged_state"}
     assert state.params["actor"]["params"]["Dense_0"]["kernel"].shape == (3, 8)
     assert state.params["critic"]["params"]["Dense_0"]["kernel"].shape == (2, 5 + 2, 8)
-    _, _, (state, _) = one_update(sac, CONFIG, ASYMMETRIC)
+    _, _, (state, _) = one_update(sac, CONFIG, asymmetric=True)
     assert set(state.experience.rows.obs) == {"state"}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from rlx.algorithms import td3
 from rlx.types import UserError
-from tests.off_policy import CONTINUOUS, PLAN, SMALL, constant_critic, one_update, trajectory_of
+from tests.off_policy import CONTINUOUS, PLAN, SMALL, built, constant_critic, one_update, trajectory_of
 
 CONFIG = td3.Config(**SMALL)
 ONE = dataclasses.replace(CONFIG, updates_per_iteration=1, policy_delay=1)
@@ -28,12 +28,11 @@ def endings(terminated, truncated):
 
 def update_with(config, trajectory, critic, actor=None):
     """State and metrics of one update from given parameters, which are those of the targets too."""
-    algorithm = td3.make(config, CONTINUOUS, PLAN)
-    state = algorithm.init(jax.random.key(0))
+    _, update, state = built(td3, config)
     params = {"actor": state.params["actor"] if actor is None else actor(state.params["actor"])}
     params["critic"] = critic(state.params["critic"])
     learned = state.learned._replace(params=params, targets=params)
-    return jax.jit(algorithm.update)(state._replace(learned=learned), trajectory, 0, jax.random.key(3))
+    return update(state._replace(learned=learned), trajectory, jnp.int32(0), jax.random.key(3))
 
 
 def of_first_action(*weights):
@@ -86,10 +85,9 @@ def test_the_noise_of_target_actions_is_clipped_and_so_are_they():
 
 def test_the_actor_climbs_the_first_critic():
     config = dataclasses.replace(LINEAR, actor_learning_rate=1e-2)
-    before = td3.make(config, CONTINUOUS, PLAN)
+    before, _, start = built(td3, config)
     for weights, sign in (((1.0, -5.0), 1), ((-1.0, 5.0), -1)):
         state, _ = update_with(config, PLAIN, of_first_action(*weights))
-        start = before.init(jax.random.key(0))
         old, new = (
             before.act(before.policy(s, "greedy"), (), PLAIN.obs[0], jax.random.key(0), "greedy")[1]
             for s in (start, start._replace(learned=state.learned))
@@ -99,11 +97,12 @@ def test_the_actor_climbs_the_first_critic():
 
 def test_the_actor_and_the_targets_wait_for_their_turn_over_iterations():
     config = dataclasses.replace(CONFIG, updates_per_iteration=3, policy_delay=2, tau=0.5)
-    algorithm = td3.make(config, CONTINUOUS, PLAN)
-    state, update = algorithm.init(jax.random.key(0)), jax.jit(algorithm.update)
+    _, update, state = built(td3, config)
     counts = []
     for iteration in range(4):
-        state, metrics = update(state, trajectory_of(CONTINUOUS, iteration), iteration, jax.random.key(iteration))
+        state, metrics = update(
+            state, trajectory_of(CONTINUOUS, iteration), jnp.int32(iteration), jax.random.key(iteration)
+        )
         counts.append(tuple(int(state.learned.optimizers[name][1].count) for name in ("critic", "actor")))
     assert counts == [(3, 1), (6, 3), (9, 4), (12, 6)]
     once = dataclasses.replace(config, updates_per_iteration=1)
