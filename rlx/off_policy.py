@@ -73,10 +73,9 @@ class OffPolicy(NamedTuple):
     init: Callable[[Explorer | None], Experience]  # of another run's policy, if any: then no action is random
     observe: Callable[[PyTree, PyTree], PyTree]  # (statistics, obs): the entries that networks read, normalised
     explore: Callable[[Explorer, jax.Array, Key], jax.Array]  # (explorer, the policy's action [B, a], key)
-    update: Callable[..., tuple[Any, Experience, Metrics]]
+    update: Callable[..., tuple[Any, Experience, Metrics]]  # (step, carry, experience, trajectory, iteration, key)
     explorer: Callable[[Experience, str], Explorer]  # of (experience, mode)
     updates: int  # gradient steps an iteration
-    prefill: int  # iterations that only gather
 
 
 def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Rows | None = None) -> OffPolicy:
@@ -153,7 +152,7 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Rows | None = Non
         statistics = normalize.update(experience.statistics, obs) if config.normalize_obs else experience.statistics
         return carry, Experience(experience.rows, statistics, experience.random & (iteration + 1 < prefill)), metrics
 
-    return OffPolicy(init, observe, explore, update, explorer, updates, prefill)
+    return OffPolicy(init, observe, explore, update, explorer, updates)
 
 
 def adam(max_grad_norm: float | jax.Array) -> optax.GradientTransformation:
