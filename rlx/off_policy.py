@@ -175,8 +175,9 @@ def descend(
 def check(config: Any, spec: Spec, plan: Plan, name: str) -> None:
     """Raises UserError for settings, shared by off-policy learners, that cannot work; `name` is the algorithm's."""
     require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", f"{name} trains a single agent")
+    shape = spec.action.shape if isinstance(spec.action, Box) else ()
     require(isinstance(spec.action, Box), "env", spec.action, f"{name} needs continuous actions")
-    require(len(spec.action.shape) == 1, "env", f"actions of shape {spec.action.shape}", f"{name} gives vectors")
+    require(len(shape) == 1, "env", f"actions of shape {shape}", f"{name} gives vectors")
     for key in (config.actor_obs_key, config.critic_obs_key):
         shape = select(spec.obs, key).shape
         require(len(shape) == 1, "env", f"observations of shape {shape}", f"{name} reads vectors")

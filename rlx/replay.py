@@ -87,9 +87,8 @@ def make_replay(size: int, batch_sizes: Sequence[int], plan: Plan, spec: Spec, o
         def scalars(kind: type) -> jax.Array:
             return jnp.zeros((groups, num_rows, plan.num_envs // groups), kind)
 
-        discrete = isinstance(spec.action, Discrete)
-        action = jax.ShapeDtypeStruct((), jnp.int32) if discrete else jax.ShapeDtypeStruct(spec.action.shape, "float32")
-        actions = jnp.zeros((groups, num_rows, plan.num_envs // groups, *action.shape), action.dtype)
+        shape, kind = ((), jnp.int32) if isinstance(spec.action, Discrete) else (spec.action.shape, jnp.float32)
+        actions = jnp.zeros((groups, num_rows, plan.num_envs // groups, *shape), kind)
         obs, next_obs = jax.tree.map(zeros, spec.obs), jax.tree.map(zeros, spec.obs)
         return Rows(obs, actions, scalars(jnp.float32), scalars(jnp.bool_), scalars(jnp.bool_), next_obs)
 
