@@ -27,7 +27,7 @@ OFF_POLICY = {
     "tau": 0.05,
     "batch_size": 128,
     "updates_per_iteration": 40,
-    "replay_size": 30_000,
+    "replay_size": TRAIN.total_steps,  # nothing is forgotten: values are asked for of what is seldom seen in the end
     "prefill_steps": 2_048,
     "actor_hidden": (32, 32),
     "critic_hidden": (32, 32),
