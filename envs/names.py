@@ -92,6 +92,7 @@ PROBE = (
     "constant_reward",
     "delayed_reward",
     "final_code",
+    "fork",
     "lqr",
     "memory",
     "nan",

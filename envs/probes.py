@@ -196,6 +196,32 @@ class TerminateOnly(Probe):
         return jnp.ones((), jnp.float32)
 
 
+class Fork(Probe):
+    """Two steps that pay 0, then 1: the first action chooses between two ways that differ in their ending alone.
+
+    obs 0, then 1 after an action of 0 or more (action 1), or -1 (action 0). At 1 the episode is terminated: V(1) = 1.
+    At -1 it is truncated and stays there: V(-1) = 1 / (1 - gamma), and the best V(0) = gamma / (1 - gamma). A learner
+    that takes both endings for the same one values both ways alike.
+    """
+
+    def __init__(self, discrete: bool = False):
+        super().__init__(2, action=_any_action(discrete))
+
+    def obs(self, state):
+        return state.draw[None]
+
+    def reward(self, state, action):
+        return (state.t == 1).astype(jnp.float32)
+
+    def step(self, state, action, key):
+        high = action == 1 if isinstance(self.spec.action, Discrete) else action[0] >= 0
+        chosen = jnp.where(high, 1.0, -1.0).astype(jnp.float32)
+        state = state._replace(draw=jnp.where(state.t == 0, chosen, state.draw))
+        state, timestep = super().step(state, action, key)
+        ended = timestep.terminated
+        return state, timestep._replace(terminated=ended & (state.draw > 0), truncated=ended & (state.draw < 0))
+
+
 class FinalCode(Probe):
     """obs = [t, code]: code 7 in the final observation, 0 before and after a reset. Reward 0, truncated: V = 0.
 
@@ -340,6 +366,7 @@ _PROBES: dict[str, Any] = {
     "obs_action_reward_continuous": ObsActionRewardContinuous,
     "truncate_only": TruncateOnly,
     "terminate_only": TerminateOnly,
+    "fork": Fork,
     "final_code": FinalCode,
     "lqr": Lqr,
     "memory": Memory,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rlx.algorithm import Algorithm, LearnerState, Plan, Policy, Source, SourceState
 from rlx.errors import UserError
+from rlx.sharding import is_per_env
 from rlx.types import EpisodeStats, Metrics, PyTree
 
 
@@ -94,26 +95,32 @@ def stop_nonfinite(before: TrainState, after: TrainState, metrics: EpochMetrics)
     """One iteration of a run among many: one that is not finite is taken back, and from then on nothing is learnt.
 
     Its metrics stand, so that the host sees it (all NaN where the learner alone is not finite); those of later
-    iterations are zero.
+    iterations are zero. What the learner keeps of the past (`per_env` classes) is neither looked through nor taken
+    back, either of which would read all of it in every iteration: it came in through trajectories that were checked,
+    and nothing is learnt from it any more.
     """
     assert before.stopped is not None
     running = before.stopped < 0
     finite = [jnp.isfinite(value).all() for value in metrics.train.values()]
     finite += [index < 0 for index in metrics.stats.nonfinite.values()]
     seen = jnp.stack([jnp.ones((), bool), *finite]).all()
-    leaves = [leaf for leaf in jax.tree.leaves(after.learner) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    nodes = [node for node in jax.tree.leaves(after.learner, is_leaf=is_per_env) if not is_per_env(node)]
+    leaves = [leaf for leaf in nodes if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     goes_on = running & seen & jnp.stack([jnp.ones((), bool), *(jnp.isfinite(leaf).all() for leaf in leaves)]).all()
     unseen = running & seen & ~goes_on
     metrics = metrics._replace(train={k: jnp.where(unseen, jnp.nan, v) for k, v in metrics.train.items()})
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(goes_on, new, old), (after.learner, after.source), (before.learner, before.source)
-    )
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if is_per_env(new) else jnp.where(goes_on, new, old)
+
+    learner = jax.tree.map(choose, after.learner, before.learner, is_leaf=is_per_env)
+    source = jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), after.source, before.source)
     stopped = jnp.where(running & ~goes_on, before.iteration, before.stopped)
     still = metrics._replace(stats=metrics.stats._replace(nonfinite={}))
     still = jax.tree.map(lambda x: jnp.where(running, x, jnp.zeros_like(x)), still)
     nonfinite = {k: jnp.where(running, index, -1) for k, index in metrics.stats.nonfinite.items()}
     metrics = still._replace(stats=still.stats._replace(nonfinite=nonfinite))
-    return after._replace(learner=kept[0], source=kept[1], stopped=stopped), metrics
+    return after._replace(learner=learner, source=source, stopped=stopped), metrics
 
 
 def check_fixed_point(what: str, before: PyTree, after: PyTree) -> None:

@@ -11,9 +11,9 @@ import jax
 
 from rlx.errors import UserError
 from rlx.logging import Progress
-from rlx.machine import available_memory
+from rlx.machine import mib
 from rlx.schedule import Schedule
-from rlx.sharding import bytes_per_env
+from rlx.sharding import bytes_per_env, free_memory
 
 
 class Memory(NamedTuple):
@@ -34,20 +34,6 @@ def memory(compiled: Any) -> Memory | None:
         return None
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes + max(fresh, 0))
-
-
-def free_memory(num_devices: int) -> int | None:
-    """Bytes free on each of `num_devices` devices, None if they do not say. CPU devices share the machine's."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"] - stats["bytes_in_use"])
-    free = available_memory() if device.platform == "cpu" else None
-    return free // num_devices if free else None
-
-
-def mib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def report(epoch: Any, evaluate: Any, state: Any, schedule: Schedule, num_runs: int, progress: Progress) -> None:
@@ -73,10 +59,13 @@ def report(epoch: Any, evaluate: Any, state: Any, schedule: Schedule, num_runs: 
     progress.message(f"{where}: {what}, {takes}{of}")
     if free and needed.total > free:
         share = max(schedule.num_devices, 1)
-        fixed = needed.state - bytes_per_env(state) // share  # parameters, the pool: whatever the environments
+        # Parameters, the pool, what the learner keeps of the past: whatever the environments.
+        fixed = needed.state - bytes_per_env(state.source) // share
         fit = plan.num_envs * (free - fixed) // max(needed.total - fixed, 1)
         power = 2 ** int(math.log2(fit)) if fit >= plan.num_devices else 0
         advice = [f"about num_envs = {power}"] if power else ["fewer environments, shorter unrolls, smaller networks"]
+        kept = bytes_per_env(state.learner) // share
+        advice += [f"less experience in the learner, where it takes {mib(kept)}"] if kept else []
         advice += ["fewer runs in one program"] if num_runs > schedule.num_run_devices else []
         advice += ["more of the devices (num_devices)"] if unused else []
         raise UserError(

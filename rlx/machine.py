@@ -54,3 +54,7 @@ def available_memory() -> int | None:
         used = int((cgroup / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))  # it can be freed
         found.append(int((cgroup / "memory.max").read_text()) - used)
     return min(found, default=None)
+
+
+def mib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "swish": nn.swish,
     "tanh": nn.tanh,
 }
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # of arithmetic; parameters are float32
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -46,17 +48,19 @@ class MLP(nn.Module):
     activation: str = "swish"
     output_scale: float = 1.0  # of the output kernel's variance; small for actors that shall start near zero
     layer_norm: bool = False  # after each hidden activation, as in brax
+    dtype: Any = None  # of the arithmetic, and of what it returns; None: that of parameters and inputs
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         act = activation(self.activation)
         for width in self.hidden:
-            x = act(nn.Dense(width, kernel_init=_kernel_init(1.0))(x))
+            x = act(nn.Dense(width, kernel_init=_kernel_init(1.0), dtype=self.dtype)(x))
             if self.layer_norm:
-                x = nn.LayerNorm()(x)
+                x = nn.LayerNorm(dtype=self.dtype)(x)
         if self.out is None:
             return x
-        return nn.Dense(self.out, kernel_init=_kernel_init(self.output_scale), name="output")(x)
+        kernel_init = _kernel_init(self.output_scale)
+        return nn.Dense(self.out, kernel_init=kernel_init, dtype=self.dtype, name="output")(x)
 
 
 class GRU(nn.Module):
@@ -85,3 +89,8 @@ def select(obs: PyTree, key: str) -> PyTree:
     if key not in obs:
         raise UserError(f"{unknown('Observation key', key, obs)} The keys there are: {', '.join(sorted(obs))}.")
     return obs[key]
+
+
+def keep(obs: PyTree, *keys: str) -> PyTree:
+    """The entries `keys` of a dict observation (or of its spec); an array is passed through. Errors as `select`."""
+    return {key: select(obs, key) for key in keys} if isinstance(obs, Mapping) else obs

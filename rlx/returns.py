@@ -116,3 +116,25 @@ def n_step_returns(
         return rewards + gamma * jnp.where(last, bootstraps, jnp.roll(targets, -1))
 
     return jax.lax.fori_loop(0, min(n, rewards.shape[0]) - 1, extend, one_step)
+
+
+def n_step_window(
+    rewards: jax.Array, terminated: jax.Array, truncated: jax.Array, gamma: Scalar
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The n-step target of a window's first step in parts, G = reward + discount * V(next_obs[last]).
+
+    last = the first ending, or n - 1;  reward = sum_{i <= last} gamma^i r_i;
+    discount = gamma^(last + 1) (1 - terminated_last)
+
+    For a critic that is to be asked once for each window of `n` steps; `n_step_returns` has all targets of a stream.
+
+    Returns:
+      reward () float32, discount () float32, last () int32.
+    """
+    _check([rewards], [terminated, truncated], [gamma])
+    ended = jnp.cumsum((terminated | truncated).astype(jnp.int32))
+    reached = jnp.append(jnp.ones(1, bool), ended[:-1] == 0)
+    powers = jnp.power(jnp.asarray(gamma, jnp.float32), jnp.arange(rewards.shape[0] + 1))
+    last = reached.sum(dtype=jnp.int32) - 1
+    reward = jnp.where(reached, powers[:-1] * rewards, 0.0).sum()
+    return reward, jnp.where(terminated[last], 0.0, powers[last + 1]), last

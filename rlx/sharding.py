@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlx.errors import require
+from rlx.machine import available_memory
 from rlx.types import PyTree
 
 AXIS = "devices"
@@ -40,6 +41,16 @@ def make_mesh(num_devices: int) -> Mesh | None:
     generator = jax.config.values["jax_default_prng_impl"]
     require(same_on_any_device(), "jax_default_prng_impl", generator, "threefry2x32, with jax_threefry_partitionable")
     return Mesh(jax.devices()[:num_devices], AXIS)
+
+
+def free_memory(num_devices: int) -> int | None:
+    """Bytes free on each of `num_devices` devices, None if they do not say. CPU devices share the machine's."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    free = available_memory() if device.platform == "cpu" else None
+    return free // num_devices if free else None
 
 
 def on_parts(function: Callable[..., Any], mesh: Mesh | None, num_shared: int = 0) -> Callable[..., Any]:
@@ -71,13 +82,14 @@ def per_env(kind: Kind) -> Kind:
     return kind
 
 
-def _is_per_env(node: Any) -> bool:
+def is_per_env(node: Any) -> bool:
+    """Whether `node` of a tree is of such a class."""
     return type(node) in _PER_ENV
 
 
 def bytes_per_env(tree: PyTree) -> int:
     """Of all leaves in `per_env` classes, on all devices together."""
-    parts = [node for node in jax.tree.leaves(tree, is_leaf=_is_per_env) if _is_per_env(node)]
+    parts = [node for node in jax.tree.leaves(tree, is_leaf=is_per_env) if is_per_env(node)]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
 
 
@@ -89,6 +101,6 @@ def placement(tree: PyTree, mesh: Mesh, lead: tuple[str | None, ...] = ()) -> Py
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(*lead, AXIS))
 
     def of_node(node: Any) -> PyTree:
-        return jax.tree.map(lambda _: split, node) if _is_per_env(node) else whole
+        return jax.tree.map(lambda _: split, node) if is_per_env(node) else whole
 
-    return jax.tree.map(of_node, tree, is_leaf=_is_per_env)
+    return jax.tree.map(of_node, tree, is_leaf=is_per_env)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 import envs
 from envs.physics.native import calling_devices
 from rlx import training
-from rlx.algorithms import ALGORITHMS, ppo
+from rlx.algorithms import ALGORITHMS, ppo, sac
 from rlx.compilation import compile_run
 from rlx.errors import UserError
 from rlx.footprint import collectives
@@ -72,6 +72,15 @@ def small(config):
 
 
 SETTINGS = [(name, small(importlib.import_module(module).Config())) for name, module in ALGORITHMS.items()]
+OFF_POLICY = sac.Config(
+    actor_hidden=(8,),
+    critic_hidden=(8,),
+    batch_size=32,
+    updates_per_iteration=4,
+    replay_size=300,
+    prefill_steps=2 * 128,
+    n_step=3,
+)
 OTHERS = [("ppo", RECURRENT), ("ppo", dataclasses.replace(CONFIG, gae_per_minibatch=True, adaptive_lr=True))]
 SETTINGS += [pytest.param(*settings, marks=pytest.mark.slow) for settings in OTHERS]
 WIDE = dataclasses.replace(SMALL, num_envs=256, unroll_length=64)
@@ -96,6 +105,18 @@ def test_a_run_on_eight_devices_equals_that_on_one(config):
     eight, one = run(8, config), run(1, config)
     assert len(eight.state.source.episodes.returns.sharding.device_set) == NUM_DEVICES
     assert eight.state.source.episodes.returns.addressable_shards[0].data.shape == (2,)
+    assert_close(eight.state, one.state, 1e-4)
+    for row, expected in zip(without_time(eight.history), without_time(one.history), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_a_run_with_replay_on_eight_devices_equals_that_on_one():
+    eight, one = (
+        train(Counter(5), sac, dataclasses.replace(SMALL, num_devices=n), OFF_POLICY, progress=quiet()) for n in (8, 1)
+    )
+    rows = eight.state.learner.experience.rows
+    assert rows.reward.shape == (16, 24, 1) and rows.reward.addressable_shards[0].data.shape == (2, 24, 1)
+    assert len(rows.obs.sharding.device_set) == NUM_DEVICES
     assert_close(eight.state, one.state, 1e-4)
     for row, expected in zip(without_time(eight.history), without_time(one.history), strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)

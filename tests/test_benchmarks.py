@@ -18,13 +18,17 @@ PEERS = Path(__file__).resolve().parent.parent / "experiments" / "benchmarks" / 
 TINY = ["--num-envs", "8", "--iterations", "1", "--repeats", "1", "--unroll-length", "4"]
 
 
-@pytest.fixture(scope="module")
-def peers():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("against_peers", PEERS)
+def script(name):
+    """A script of experiments/benchmarks as a module."""
+    spec = importlib.util.spec_from_file_location(name, PEERS.with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def peers():
+    return script("against_peers")
 
 
 def row(physics, num_envs, program, rate, tracing=1.0, compiling=1.0):
@@ -262,3 +266,37 @@ def test_against_peers_trains_with_both_and_records_what_was_supplied_to_brax(pe
         assert len(measured["steps_per_second"]) == 2 and min(measured["steps_per_second"]) > 0
         assert 0 < measured["first_update_from_call_s"] < measured["first_update_from_start_s"] < measured["total_s"]
     assert content["settings"]["num_envs"] == 8 and content["command"].startswith("python experiments/benchmarks/")
+
+
+def test_the_benchmark_of_replay_has_a_row_for_each_capacity(tmp_path, capsys):
+    out = tmp_path / "replay.json"
+    sizes = "--capacities 200 400 --num-envs 4 --unroll-length 4 --batch-size 8 --inner 2 --rounds 1 --n-step 2"
+    script("replay").main([*sizes.split(), "--out", str(out)])
+    content = json.loads(out.read_text())
+    assert [row["capacity"] for row in content["rows"]] == [208, 400]
+    assert all(row["insert_us"] > 0 < row["draw_us"] for row in content["rows"])
+    assert content["rows"][0]["bytes"] == 208 * (2 * 17 * 4 + 6 * 4 + 4 + 2)
+    assert "1.00x" in capsys.readouterr().out
+
+
+def test_the_products_of_a_sac_update_are_counted():
+    """One hidden layer of 2 and a batch of 1: worked out by hand, two flops for each weight and sample."""
+    updates = script("sac_updates")
+    actor, critic = 17 * 2 + 2 * 12, 2 * (23 * 2 + 2 * 1)
+    target = actor + critic
+    critic_step = 2 * critic + 2 * 2
+    actor_step = 2 * actor + 2 * 12 + critic + 2 * (6 * 2 + 2)
+    assert updates.flops_of_an_update(1, [2]) == 2 * (target + critic_step + actor_step)
+
+
+@pytest.mark.slow
+def test_sac_updates_are_measured_in_both(tmp_path):
+    out = tmp_path / "updates.json"
+    sizes = "--rounds 1 --epochs 4 --iterations 2 --num-envs 4 --updates 2 --batch-size 8 --hidden 8"
+    script("sac_updates").main([*sizes.split(), "--out", str(out)])
+    content = json.loads(out.read_text())
+    assert set(content["contenders"]) == {"brax", "rlx"}
+    for contender in content["contenders"].values():
+        assert len(contender["runs"][0]["updates_per_second"]) == 2
+        assert contender["updates_per_second"]["min"] > 0
+    assert "device_put_replicated" in content["contenders"]["brax"]["note"]

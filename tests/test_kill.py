@@ -32,9 +32,16 @@ from rlx.rollout import make_source
 from rlx.schedule import make_schedule
 
 # The smallest run of each algorithm. Its episodes are longer than an unroll, so a kill falls into the middle of some.
+# Replay is full, and goes around, several times before a kill.
+OFF_POLICY = "--algo.actor-hidden 8 --algo.critic-hidden 8 --algo.batch-size 16 --algo.updates-per-iteration 4 "
+OFF_POLICY += "--algo.prefill-steps 32 --algo.replay-size 100 --algo.n-step 3 "
 RUNS = {
     "ppo": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.critic-hidden 8 --algo.num-epochs 1 "
     "--algo.num-minibatches 2 --algo.learning-rate 0.003",
+    "sac": f"probe/lqr --env.scale 1 {OFF_POLICY} --algo.gamma 0.9 --algo.init-alpha 0.1 "
+    "--algo.actor-learning-rate 0.01 --algo.critic-learning-rate 0.01",
+    "td3": f"probe/lqr --env.scale 4 {OFF_POLICY} --algo.gamma 0.8 "
+    "--algo.actor-learning-rate 0.003 --algo.critic-learning-rate 0.003",
 }
 EPOCHS = 120
 SIZES = (

@@ -15,12 +15,28 @@ from rlx import normalize
 from rlx.algorithms import ALGORITHMS
 from rlx.logging import Progress
 from rlx.networks import MLP
-from rlx.schedule import TrainConfig
+from rlx.off_policy import make_critics
+from rlx.schedule import TrainConfig, make_schedule
 from rlx.training import train
 
 TRAIN = TrainConfig(total_steps=64 * 16 * 60, num_envs=64, unroll_length=16, num_evals=1, eval_episodes=256)
+OFF_POLICY = {
+    "actor_learning_rate": 3e-3,
+    "critic_learning_rate": 3e-3,
+    "gamma": 0.9,
+    "tau": 0.05,
+    "batch_size": 128,
+    "updates_per_iteration": 40,
+    "replay_size": TRAIN.total_steps,  # nothing is forgotten: values are asked for of what is seldom seen in the end
+    "prefill_steps": 2_048,
+    "actor_hidden": (32, 32),
+    "critic_hidden": (32, 32),
+}
+CONTINUOUS_ALONE = ("sac", "td3")
 FAST = {
     "ppo": {"learning_rate": 3e-3, "gamma": 0.9, "num_epochs": 4, "num_minibatches": 4, "anneal_lr": True},
+    "sac": OFF_POLICY | {"init_alpha": 1e-3, "alpha_learning_rate": 1e-2},
+    "td3": OFF_POLICY,
 }
 
 
@@ -31,11 +47,17 @@ def learn(name, world, train_config=TRAIN, **changes):
     return config, train(envs.make(world, **overrides), module, train_config, config, progress=Progress(quiet=True))
 
 
-def values(config, run, obs):
-    """V(obs) of PPO's critic."""
-    obs = normalize.normalize(run.state.learner.statistics, jnp.asarray(obs, jnp.float32), clip=10.0)
-    critic = MLP(config.critic_hidden, 1, config.activation)
-    return np.asarray(critic.apply(run.state.learner.params["critic"], obs)).squeeze(-1)
+def values(name, config, run, env, obs):
+    """V(obs) of a critic over observations, or the smallest Q(obs, greedy action) of critics over actions too."""
+    learner, obs = run.state.learner, jnp.asarray(obs, jnp.float32)
+    if name == "ppo":
+        critic = MLP(config.critic_hidden, 1, config.activation)
+        seen = normalize.normalize(learner.statistics, obs, clip=10.0)
+        return np.asarray(critic.apply(learner.params["critic"], seen)).squeeze(-1)
+    algorithm = importlib.import_module(ALGORITHMS[name]).make(config, env.spec, make_schedule(env, TRAIN).plan)
+    _, action, _ = algorithm.act(run.policy, (), obs, jax.random.key(0), "greedy")
+    seen = normalize.normalize(learner.experience.statistics, obs, clip=10.0)
+    return np.asarray(make_critics(config).apply(learner.params["critic"], seen, action)).min(axis=0)
 
 
 def observations(world):
@@ -49,33 +71,50 @@ def observations(world):
     return np.stack(seen)
 
 
-def test_ppo_values_a_constant_reward():
-    config, run = learn("ppo", "probe/constant_reward")
-    np.testing.assert_allclose(values(config, run, observations("probe/constant_reward")), [1.0], atol=0.05)
+def valued(name, world, obs=None):
+    """What algorithm `name` values observations at once it has learnt; those of an episode, if none are given."""
+    config, run = learn(name, f"probe/{world}")
+    return values(
+        name, config, run, envs.make(f"probe/{world}"), observations(f"probe/{world}") if obs is None else obs
+    )
 
 
-def test_ppo_values_a_reward_that_the_observation_tells():
-    config, run = learn("ppo", "probe/obs_reward")
-    np.testing.assert_allclose(values(config, run, [[-1.0], [1.0]]), [-1.0, 1.0], atol=0.1)
+every = pytest.mark.parametrize("name", ALGORITHMS)
 
 
-def test_ppo_values_a_delayed_reward_by_the_discount():
-    config, run = learn("ppo", "probe/delayed_reward")
-    np.testing.assert_allclose(values(config, run, [[0.0], [1.0]]), [0.9, 1.0], atol=0.1)
+@every
+def test_a_constant_reward_is_its_value(name):
+    np.testing.assert_allclose(valued(name, "constant_reward"), [1.0], atol=0.05)
 
 
-def test_ppo_bootstraps_at_time_limits():
+@every
+def test_a_reward_that_the_observation_tells_is_its_value(name):
+    np.testing.assert_allclose(valued(name, "obs_reward", [[-1.0], [1.0]]), [-1.0, 1.0], atol=0.1)
+
+
+@every
+def test_a_delayed_reward_is_valued_by_the_discount(name):
+    np.testing.assert_allclose(valued(name, "delayed_reward", [[0.0], [1.0]]), [0.9, 1.0], atol=0.1)
+
+
+@every
+def test_values_bootstrap_at_time_limits(name):
     """A reward of 1 for ever, cut every 10 steps: 1 / (1 - gamma) everywhere."""
-    config, run = learn("ppo", "probe/truncate_only")
-    seen = observations("probe/truncate_only")
-    np.testing.assert_allclose(values(config, run, seen), np.full(len(seen), 10.0), rtol=0.05)
+    found = valued(name, "truncate_only")
+    np.testing.assert_allclose(found, np.full(len(found), 10.0), rtol=0.05)
 
 
-def test_ppo_does_not_bootstrap_at_terminations():
-    config, run = learn("ppo", "probe/terminate_only")
-    seen = observations("probe/terminate_only")
-    left = len(seen) - np.arange(len(seen))
-    np.testing.assert_allclose(values(config, run, seen), (1 - 0.9**left) / (1 - 0.9), rtol=0.1)
+@every
+def test_values_do_not_bootstrap_at_terminations(name):
+    found = valued(name, "terminate_only")
+    left = len(found) - np.arange(len(found))
+    np.testing.assert_allclose(found, (1 - 0.9**left) / (1 - 0.9), rtol=0.1)
+
+
+@every
+def test_of_two_ways_that_differ_in_their_ending_alone_each_has_its_value(name):
+    """Terminated: 1. Truncated: 1 / (1 - gamma) = 10. Before, the better one's: 9."""
+    np.testing.assert_allclose(valued(name, "fork", [[1.0], [-1.0], [0.0]]), [1.0, 10.0, 9.0], rtol=0.1)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -85,7 +124,7 @@ def test_every_algorithm_finds_the_best_continuous_action(name, world):
     assert run.history[-1]["eval/return"] > -0.01  # minus the squared distance to the best action
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in CONTINUOUS_ALONE])
 @pytest.mark.parametrize("world", ["action_reward", "obs_action_reward"])
 def test_every_algorithm_finds_the_best_discrete_action(name, world):
     _, run = learn(name, f"probe/{world}")

@@ -155,6 +155,24 @@ def test_terminate_only_pays_one_and_shows_the_time():
     assert observations.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]
 
 
+@pytest.mark.parametrize(("action", "side"), [(0.5, 1.0), (0.0, 1.0), (-0.5, -1.0)])
+def test_the_ways_of_the_fork_differ_in_their_ending_alone(action, side):
+    observations, timesteps = episode(probes.make("fork"), jnp.full(1, action))
+    assert observations.tolist() == [[0.0], [side], [side]]
+    assert timesteps.reward.tolist() == [0.0, 1.0]
+    assert timesteps.terminated.tolist() == [False, side > 0]
+    assert timesteps.truncated.tolist() == [False, side < 0]
+
+
+def test_the_second_action_at_the_fork_changes_nothing():
+    env = probes.make("fork", discrete=True)
+    state, _ = env.reset(jax.random.key(0), ())
+    state, _ = env.step(state, jnp.int32(0), jax.random.key(0))
+    one, other = (env.step(state, jnp.int32(action), jax.random.key(0))[1] for action in (0, 1))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert one.obs.tolist() == [-1.0] and bool(one.truncated)
+
+
 def test_final_code_marks_the_final_observation_alone():
     observations, timesteps = episode(probes.make("final_code"))
     assert observations.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [5, 7]]

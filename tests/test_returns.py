@@ -258,3 +258,33 @@ def test_n_must_be_a_positive_integer(n):
     rewards, _, next_values, terminated, truncated = random_stream(11)
     with pytest.raises(AssertionError):
         returns.n_step_returns(rewards, next_values, terminated, truncated, GAMMA, n)
+
+
+# --- n-step windows ---
+
+
+def test_n_step_window_by_hand(variant):
+    f = variant(returns.n_step_window)
+    reward, discount, last = f(floats(1, 2, 4), bools(0, 0, 0), bools(0, 0, 0), 0.5)
+    assert (float(reward), float(discount), int(last)) == (1 + 0.5 * 2 + 0.25 * 4, 0.125, 2)
+    assert (reward.dtype, discount.dtype, last.dtype) == (jnp.float32, jnp.float32, jnp.int32)
+    reward, discount, last = f(floats(1, 2, 4), bools(0, 1, 0), bools(0, 0, 1), 0.5)
+    assert (float(reward), float(discount), int(last)) == (2, 0, 1)
+    reward, discount, last = f(floats(1, 2, 4), bools(0, 0, 1), bools(1, 0, 0), 0.5)
+    assert (float(reward), float(discount), int(last)) == (1, 0.5, 0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 12])
+@pytest.mark.parametrize("seed", range(4))
+def test_n_step_windows_give_n_step_returns(n, seed):
+    rewards, _, next_values, terminated, truncated = random_stream(seed)
+    expected = returns.n_step_returns(rewards, next_values, terminated, truncated, GAMMA, n)
+    for t in range(rewards.size - n + 1):
+        parts = rewards[t : t + n], terminated[t : t + n], truncated[t : t + n]
+        reward, discount, last = returns.n_step_window(*parts, GAMMA)
+        np.testing.assert_allclose(reward + discount * next_values[t + last], expected[t], rtol=1e-5)
+
+
+def test_what_lies_behind_an_ending_does_not_enter_a_window_whatever_it_is():
+    reward, discount, _ = returns.n_step_window(floats(1, jnp.nan), bools(1, 0), bools(0, 0), GAMMA)
+    assert (float(reward), float(discount)) == (1, 0)

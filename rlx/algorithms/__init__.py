@@ -4,4 +4,6 @@ from __future__ import annotations
 
 ALGORITHMS = {
     "ppo": "rlx.algorithms.ppo",
+    "sac": "rlx.algorithms.sac",
+    "td3": "rlx.algorithms.td3",
 }

@@ -1,0 +1,203 @@
+"""What off-policy learners share: an ensemble of critics, gradient steps on replayed batches, the settings of both.
+
+A learner's Config has the fields that `check` and `Experience` name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlx import normalize
+from rlx.algorithm import Key, Plan
+from rlx.environment import random_action
+from rlx.errors import require
+from rlx.networks import DTYPES, MLP, activation, keep, select
+from rlx.replay import Batch, Replay, Rows, check_replay, make_replay, mix, sample_data
+from rlx.types import Box, Metrics, PyTree, Spec, Transition
+
+
+class Critics(NamedTuple):
+    """E action values with parameters of their own, leaves [E, ...]."""
+
+    init: Callable[[Key, jax.Array, jax.Array], PyTree]  # (key, obs [d], action [a])
+    apply: Callable[[PyTree, jax.Array, jax.Array], jax.Array]  # (params, obs [B, d], action [B, a]) -> [E, B] float32
+
+
+def make_critics(config: Any) -> Critics:
+    """`num_critics` of them, of `critic_hidden`, with `layer_norm` or without."""
+    network = MLP(config.critic_hidden, 1, config.activation, layer_norm=config.layer_norm, dtype=DTYPES[config.dtype])
+
+    def inputs(obs: jax.Array, action: jax.Array) -> jax.Array:
+        return jnp.concatenate([obs, action], axis=-1)
+
+    def init(key: Key, obs: jax.Array, action: jax.Array) -> PyTree:
+        keys = jax.random.split(key, config.num_critics)
+        return jax.vmap(network.init, (0, None))(keys, inputs(obs, action))
+
+    def apply(params: PyTree, obs: jax.Array, action: jax.Array) -> jax.Array:
+        values = jax.vmap(network.apply, (0, None))(params, inputs(obs, action))
+        return values.squeeze(-1).astype(jnp.float32)
+
+    return Critics(init, apply)
+
+
+def squared_error(values: jax.Array, targets: jax.Array) -> jax.Array:
+    """1/2 E[(Q_i(s, a) - y)^2], summed over the ensemble: `values` [E, B], `targets` [B]."""
+    return 0.5 * jnp.square(values - targets[None]).mean(axis=1).sum()
+
+
+class Experience(NamedTuple):
+    """What an off-policy learner holds besides its parameters."""
+
+    rows: Rows
+    statistics: normalize.RunningStatistics  # of the observations that its networks read
+    random: jax.Array  # () bool: whether the next trajectory is gathered by random actions
+
+
+class Explorer(NamedTuple):
+    """The part of `Experience` that acting needs."""
+
+    statistics: normalize.RunningStatistics
+    random: PyTree  # () bool in mode "explore", else ()
+
+
+class OffPolicy(NamedTuple):
+    """Pure functions around an algorithm's gradient step."""
+
+    init: Callable[[Explorer | None], Experience]  # of another run's policy, if any: then no action is random
+    observe: Callable[[PyTree, PyTree], PyTree]  # (statistics, obs): the entries that networks read, normalised
+    explore: Callable[[Explorer, jax.Array, Key], jax.Array]  # (explorer, the policy's action [B, a], key)
+    update: Callable[..., tuple[Any, Experience, Metrics]]  # (step, carry, experience, trajectory, iteration, key)
+    explorer: Callable[[Experience, str], Explorer]  # of (experience, mode)
+    updates: int  # gradient steps an iteration
+
+
+def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Rows | None = None) -> OffPolicy:
+    """`data`: a fixed data set (`rlx.replay.sample_data`) that gives `data_batch` transitions of every batch."""
+    require((config.data_batch > 0) == (data is not None), "algo.data_batch", config.data_batch, "it needs a data set")
+    per_iteration = plan.num_envs * plan.unroll_length
+    updates, prefill = config.updates_per_iteration or per_iteration, config.prefill_steps // per_iteration
+    keys = (config.actor_obs_key, config.critic_obs_key)
+    spec = Spec(keep(spec.obs, *keys), spec.action)
+    online = config.batch_size - config.data_batch
+    replay: Replay = make_replay(config.replay_size, (online, config.data_batch), plan, spec, config.replay_dtype)
+
+    def init(start: Explorer | None) -> Experience:
+        statistics = normalize.init(spec.obs) if start is None else start.statistics
+        return Experience(
+            replay.init(), statistics, jnp.asarray(config.random_prefill and prefill > 0 and start is None)
+        )
+
+    def observe(statistics: normalize.RunningStatistics, obs: PyTree) -> PyTree:
+        obs = keep(obs, *keys)
+        return normalize.normalize(statistics, obs, clip=10.0) if config.normalize_obs else obs
+
+    def explorer(experience: Experience, mode: str) -> Explorer:
+        return Explorer(experience.statistics, experience.random if mode == "explore" else ())
+
+    def explore(explorer: Explorer, action: jax.Array, key: Key) -> jax.Array:
+        draws = jax.vmap(lambda key: random_action(spec, key))(jax.random.split(key, action.shape[0]))
+        return jnp.where(explorer.random, draws, action)
+
+    def draw(experience: Experience, iteration: jax.Array, key: Key) -> Batch:
+        """[batch_size, ...], observations as networks read them."""
+        online_key, data_key = jax.random.split(key)
+        parts = [replay.sample(experience.rows, iteration, online_key, online, config.n_step, config.gamma)]
+        if data is not None:
+            size = (replay.num_groups, data_key, config.data_batch)
+            parts.append(sample_data(data, *size, config.n_step, config.gamma))
+        batch = mix(parts)
+        obs, next_obs = (observe(experience.statistics, x) for x in (batch.obs, batch.next_obs))
+        return batch._replace(obs=obs, next_obs=next_obs, reward=batch.reward * config.reward_scale)
+
+    def update(
+        step: Callable[[Any, Batch, jax.Array, Key], tuple[Any, Metrics]],
+        carry: Any,
+        experience: Experience,
+        trajectory: Transition,
+        iteration: jax.Array,
+        key: Key,
+    ) -> tuple[Any, Experience, Metrics]:
+        """Stores a trajectory and runs `step(carry, batch, count, key) -> (carry, metrics)` on fresh draws.
+
+        `count`: () int32, gradient steps before this one in the iteration. Metrics are means, and 0 while there is
+        nothing but gathering. The statistics of observations change last.
+        """
+        chex.assert_shape(trajectory.reward, (plan.unroll_length, plan.num_envs))
+        chex.assert_type([trajectory.terminated, trajectory.truncated], bool)
+        chex.assert_type(trajectory.reward, jnp.float32)
+        obs = keep(trajectory.obs, *keys)
+        trajectory = trajectory._replace(obs=obs, next_obs=keep(trajectory.next_obs, *keys))
+        experience = experience._replace(rows=replay.insert(experience.rows, trajectory, iteration))
+
+        def one(carry: Any, inputs: tuple[jax.Array, Key]):
+            draw_key, step_key = jax.random.split(inputs[1])
+            return step(carry, draw(experience, iteration, draw_key), inputs[0], step_key)
+
+        def learn(carry: Any, key: Key):
+            counts = jnp.arange(updates, dtype=jnp.int32)
+            carry, metrics = jax.lax.scan(one, carry, (counts, jax.random.split(key, updates)))
+            return carry, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+        def gather(carry: Any, key: Key):
+            return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, carry, key)[1])
+
+        carry, metrics = jax.lax.cond(iteration >= prefill, learn, gather, carry, key)
+        statistics = normalize.update(experience.statistics, obs) if config.normalize_obs else experience.statistics
+        return carry, Experience(experience.rows, statistics, experience.random & (iteration + 1 < prefill)), metrics
+
+    return OffPolicy(init, observe, explore, update, explorer, updates)
+
+
+def adam(max_grad_norm: float | jax.Array) -> optax.GradientTransformation:
+    """Adam without its step size, which may be traced: see `descend`."""
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.scale_by_adam())
+
+
+def descend(
+    optimizer: optax.GradientTransformation,
+    rate: float | jax.Array,
+    params: PyTree,
+    state: optax.OptState,
+    grads: PyTree,
+) -> tuple[PyTree, optax.OptState]:
+    """One gradient step of size `rate`."""
+    updates, state = optimizer.update(grads, state)
+    return jax.tree.map(lambda p, u: p - rate * u, params, updates), state
+
+
+def check(config: Any, spec: Spec, plan: Plan, name: str) -> None:
+    """Raises UserError for settings, shared by off-policy learners, that cannot work; `name` is the algorithm's."""
+    require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", f"{name} trains a single agent")
+    shape = spec.action.shape if isinstance(spec.action, Box) else ()
+    require(isinstance(spec.action, Box), "env", spec.action, f"{name} needs continuous actions")
+    require(len(shape) == 1, "env", f"actions of shape {shape}", f"{name} gives vectors")
+    for key in (config.actor_obs_key, config.critic_obs_key):
+        shape = select(spec.obs, key).shape
+        require(len(shape) == 1, "env", f"observations of shape {shape}", f"{name} reads vectors")
+    for field in ("gamma", "tau"):
+        require(0 <= getattr(config, field) <= 1, f"algo.{field}", getattr(config, field), "between 0 and 1")
+    for field in ("max_grad_norm", "actor_learning_rate", "critic_learning_rate"):
+        require(getattr(config, field) > 0, f"algo.{field}", getattr(config, field), "above 0")
+    for field in ("n_step", "batch_size", "num_critics"):
+        require(getattr(config, field) >= 1, f"algo.{field}", getattr(config, field), "at least 1")
+    for field in ("updates_per_iteration", "prefill_steps"):
+        require(getattr(config, field) >= 0, f"algo.{field}", getattr(config, field), "at least 0")
+    for field in ("actor_hidden", "critic_hidden"):
+        widths = getattr(config, field)
+        require(all(width >= 1 for width in widths), f"algo.{field}", widths, "widths of at least 1")
+    steps, allowed = plan.num_envs * plan.unroll_length, "as many gather everything that the run does: more total_steps"
+    require(config.prefill_steps // steps < plan.num_iterations, "algo.prefill_steps", config.prefill_steps, allowed)
+    part = config.data_batch
+    require(0 <= part < config.batch_size, "algo.data_batch", part, f"from 0 to below batch_size = {config.batch_size}")
+    require(config.dtype in DTYPES, "algo.dtype", config.dtype, f"one of {', '.join(DTYPES)}")
+    activation(config.activation)
+    sizes = (config.batch_size - part, part)
+    kept = Spec(keep(spec.obs, config.actor_obs_key, config.critic_obs_key), spec.action)
+    check_replay(plan, kept, config.replay_size, sizes, config.replay_dtype)
