@@ -144,8 +144,8 @@ def test_the_state_is_donated():
     schedule = make_schedule(env, sizes)
     built = ppo.make(CONFIG, env.spec, schedule.plan)
     programs = compile_run(env, lambda varied: built, schedule, sizes, jax.random.key(0), {}, None, quiet())
-    state = programs.init(jax.random.key(0), {}, None)
-    programs.epoch(state, {})
+    state = programs.init(jax.random.key(0), {}, None, ())
+    programs.epoch(state, {}, ())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
