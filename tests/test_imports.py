@@ -30,6 +30,7 @@ DRIVER |= {
     "group",
     "sweep",
 }
+DRIVER |= {"data_checks", "data_file", "collection", "rolling"}
 DRIVER |= {"study", "results", "findings", "documents", "pictures", "report"}
 
 
