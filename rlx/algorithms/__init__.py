@@ -4,4 +4,5 @@ from __future__ import annotations
 
 ALGORITHMS = {
     "ppo": "rlx.algorithms.ppo",
+    "bc": "rlx.algorithms.bc",
 }
