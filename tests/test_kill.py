@@ -38,7 +38,8 @@ from rlx.schedule import make_schedule
 RUNS = {
     "ppo": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.critic-hidden 8 --algo.num-epochs 1 "
     "--algo.num-minibatches 2 --algo.learning-rate 0.003",
-    "bc": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.num-minibatches 2 --data DATA",
+    "bc": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.num-minibatches 2 --algo.learning-rate 0.03 "
+    "--data DATA",
 }
 EPOCHS = 120
 SIZES = (
