@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from rlx.types import EpisodeStats, Metrics, PyTree, Transition
 
@@ -54,3 +55,15 @@ class Source(NamedTuple):
     init: Callable[[Algorithm, Key], SourceState]
     refresh: Callable[[SourceState, Key], SourceState]  # once an epoch: new reset states
     collect: Callable[[Algorithm, Policy, SourceState, Key], tuple[SourceState, Transition, EpisodeStats]]
+
+
+class Data(NamedTuple):
+    """Where experience comes from that was gathered before: arrays that a Source reads and never changes.
+
+    They are an argument of the compiled program: as part of the state they would be donated and saved with every
+    checkpoint, as constants they would be compiled.
+    """
+
+    arrays: PyTree  # of numpy arrays
+    source: Callable[[PyTree, Plan, Mesh | None], Source]  # of those arrays, traced, for the sizes of a run
+    record: Sequence[Mapping[str, Any]]  # for config.json: a file each, with its path, sha256 and share

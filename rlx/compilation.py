@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlx import footprint
-from rlx.algorithm import Algorithm, Key, Policy
+from rlx.algorithm import Algorithm, Data, Key, Policy, Source
 from rlx.environment import Environment, random_action
 from rlx.epoch import EpochMetrics, TrainState, check_fixed_point, init_state, make_epoch
 from rlx.errors import UserError
@@ -20,15 +20,17 @@ from rlx.logging import Progress
 from rlx.rollout import make_source
 from rlx.schedule import Schedule, TrainConfig
 from rlx.sharding import AXIS, make_mesh, placement
+from rlx.types import PyTree
 
 
 class Programs(NamedTuple):
     """Compiled; `state` is a `rlx.epoch.TrainState`."""
 
-    init: Callable[..., TrainState]  # (key, varied, policy) -> state
-    epoch: Callable[..., tuple[TrainState, EpochMetrics]]  # (state, varied); donates the state
+    init: Callable[..., TrainState]  # (key, varied, policy, arrays) -> state
+    epoch: Callable[..., tuple[TrainState, EpochMetrics]]  # (state, varied, arrays); donates the state
     evaluate: Callable[..., tuple[EvalResult, Policy]]  # (state, varied); without evaluations, never called
     abstract_state: TrainState  # shapes, dtypes and, on several devices, shardings of the state
+    arrays: PyTree = ()  # what the source reads and never changes, on every device
 
 
 def compile_run(
@@ -40,23 +42,30 @@ def compile_run(
     varied: Mapping[str, jax.Array],
     policy: Policy | None,
     progress: Progress,
+    data: Data | None = None,
 ) -> Programs:
     """Everything a run needs, compiled ahead of the first step; many runs, if there are many keys.
 
     `make` gives the algorithm for its `varied` settings, () each. With `key` [K] those are [K], and all leaves of the
-    state and of what it gives are [K, ...], but for the iteration. `policy` is what `init` may start from.
+    state and of what it gives are [K, ...], but for the iteration. `policy` is what `init` may start from. With `data`
+    the environment is there for evaluations alone.
     """
     check_environment(env)
     many = key.ndim > 0
     mesh, runs_mesh = make_mesh(schedule.plan.num_devices), make_mesh(schedule.num_run_devices)
-    source = make_source(env, schedule.plan, config.reset, config.reset_pool_size, config.stagger, mesh)
+    arrays = data.arrays if data else ()
 
-    def init(key: Key, varied: Any, policy: Policy | None) -> TrainState:
-        state = init_state(make(varied), source, key, policy)
+    def source(arrays: PyTree) -> Source:
+        if data:
+            return data.source(arrays, schedule.plan, mesh)
+        return make_source(env, schedule.plan, config.reset, config.reset_pool_size, config.stagger, mesh)
+
+    def init(key: Key, varied: Any, policy: Policy | None, arrays: PyTree) -> TrainState:
+        state = init_state(make(varied), source(arrays), key, policy)
         return state._replace(stopped=jnp.full((), -1, jnp.int32)) if many else state
 
-    def epoch(state: TrainState, varied: Any) -> tuple[TrainState, EpochMetrics]:
-        return make_epoch(make(varied), source, schedule.plan, schedule.iterations_per_epoch)(state)
+    def epoch(state: TrainState, varied: Any, arrays: PyTree) -> tuple[TrainState, EpochMetrics]:
+        return make_epoch(make(varied), source(arrays), schedule.plan, schedule.iterations_per_epoch)(state)
 
     def evaluate(state: TrainState, varied: Any) -> tuple[EvalResult, Policy]:
         algorithm = make(varied)
@@ -69,36 +78,38 @@ def compile_run(
     if many:
         of_state = of_runs(0, None)
         functions = (
-            jax.vmap(init, (0, 0, None), of_state),
-            jax.vmap(epoch, (of_state, 0), (of_state, 0)),
+            jax.vmap(init, (0, 0, None, None), of_state),
+            jax.vmap(epoch, (of_state, 0, None), (of_state, 0)),
             jax.vmap(evaluate, (of_state, 0)),
         )
     if runs_mesh:
         functions = over_devices(functions, runs_mesh)
     with progress.phase("tracing"):
-        in_state = rest = None  # where the state is, and where everything else that the programs give
+        in_state = rest = whole = None  # where the state is, everything else that the programs give, and the arrays
         if runs_mesh:
+            whole = NamedSharding(runs_mesh, P())
             rest = NamedSharding(runs_mesh, P(AXIS))
             in_state = of_runs(rest, NamedSharding(runs_mesh, P()))
         elif mesh:
-            rest = NamedSharding(mesh, P())
-            in_state = placement(jax.eval_shape(functions[0], key, varied, policy), mesh, (None,) * key.ndim)
-        traced = [jax.jit(functions[0], out_shardings=in_state).trace(key, varied, policy)]
+            rest = whole = NamedSharding(mesh, P())
+            in_state = placement(jax.eval_shape(functions[0], key, varied, policy, arrays), mesh, (None,) * key.ndim)
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arrays)
+        traced = [jax.jit(functions[0], out_shardings=in_state).trace(key, varied, policy, given)]
         state = traced[0].out_info
         both = (in_state, rest)
-        traced.append(jax.jit(functions[1], out_shardings=both, donate_argnums=0).trace(state, varied))
+        traced.append(jax.jit(functions[1], out_shardings=both, donate_argnums=0).trace(state, varied, given))
         if config.num_evals:
             traced.append(jax.jit(functions[2], out_shardings=rest).trace(state, varied))
     with progress.phase("compiling"):
         compiled = [program.lower().compile() for program in traced]
-    footprint.report(compiled[1], compiled[-1], state, schedule, key.size, progress)
-    return Programs(compiled[0], compiled[1], compiled[-1], state)
+    footprint.report(compiled[1], compiled[-1], state, arrays, schedule, key.size, progress)
+    return Programs(compiled[0], compiled[1], compiled[-1], state, jax.device_put(arrays, whole))
 
 
 def over_devices(functions: tuple[Any, Any, Any], mesh: Mesh) -> tuple[Any, ...]:
     """Those of many runs, so that every device trains some of the runs and none hears of the others."""
     one, of_state = P(AXIS), of_runs(P(AXIS), P())
-    specs = [((one, one, P()), of_state), ((of_state, one), (of_state, one)), ((of_state, one), one)]
+    specs = [((one, one, P(), P()), of_state), ((of_state, one, P()), (of_state, one)), ((of_state, one), one)]
     return tuple(
         jax.shard_map(function, mesh=mesh, in_specs=given, out_specs=gives, check_vma=False)
         for function, (given, gives) in zip(functions, specs, strict=True)

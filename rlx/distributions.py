@@ -1,7 +1,8 @@
 """Action distributions. Each is a pytree of its parameters, batched over leading axes; the last axis is the event.
 
-All have `sample(key)`, `mode()`, `log_prob(value)`, `entropy(key)`, `kl(other)` and `to_action(value)`. Values are what
-the density is evaluated at (kept in `extras`); `to_action` makes of them what the environment receives.
+All have `sample(key)`, `mode()`, `log_prob(value)`, `entropy(key)`, `kl(other)`, `to_action(value)` and
+`from_action(action)`. Values are what the density is evaluated at (kept in `extras`); `to_action` makes of them what
+the environment receives, `from_action` undoes it as far as that can be.
 Log-probabilities, entropies and divergences are in nats, summed over the event: parameters [..., d] give [...].
 """
 
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+EDGE = 1e-3  # of the box of actions, where tanh's inverse is cut
 
 
 class Normal(NamedTuple):
@@ -43,6 +46,9 @@ class Normal(NamedTuple):
 
     def to_action(self, value: jax.Array) -> jax.Array:
         return jnp.clip(value, -1.0, 1.0)
+
+    def from_action(self, action: jax.Array) -> jax.Array:
+        return action
 
 
 def log_det_tanh(u: jax.Array) -> jax.Array:
@@ -83,6 +89,10 @@ class TanhNormal(NamedTuple):
     def to_action(self, value: jax.Array) -> jax.Array:
         return jnp.tanh(value)
 
+    def from_action(self, action: jax.Array) -> jax.Array:
+        """Finite: an action at the border counts as one `EDGE` inside (u = 3.8), for it lies at infinity."""
+        return jnp.arctanh(jnp.clip(action, EDGE - 1.0, 1.0 - EDGE))
+
 
 class Categorical(NamedTuple):
     """One of `n` values. A logit of -inf forbids a value; at least one must be finite."""
@@ -117,3 +127,6 @@ class Categorical(NamedTuple):
 
     def to_action(self, value: jax.Array) -> jax.Array:
         return value
+
+    def from_action(self, action: jax.Array) -> jax.Array:
+        return action

@@ -36,10 +36,13 @@ def memory(compiled: Any) -> Memory | None:
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes + max(fresh, 0))
 
 
-def report(epoch: Any, evaluate: Any, state: Any, schedule: Schedule, num_runs: int, progress: Progress) -> None:
+def report(
+    epoch: Any, evaluate: Any, state: Any, arrays: Any, schedule: Schedule, num_runs: int, progress: Progress
+) -> None:
     """Says where a run is to be and what its programs take there, before anything of it is.
 
-    `state`: its shapes. Raises UserError, with what would fit, where that is more than a device has.
+    `state`: its shapes; `arrays`: those of a data set. Raises UserError, with what would fit, where that is more
+    than a device has.
     """
     plan, free = schedule.plan, free_memory(schedule.num_devices)
     found = [memory(program) for program in (epoch, evaluate)]
@@ -55,7 +58,9 @@ def report(epoch: Any, evaluate: Any, state: Any, schedule: Schedule, num_runs: 
         return
     needed = Memory(found[0].state, max(found[0].temporaries, found[1].temporaries))  # the state stays all the time
     of = f" of {mib(free)} free" if free else ""
-    takes = f"{mib(needed.state)} of state and {mib(needed.temporaries)} of temporaries"
+    read = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    takes = f"{mib(needed.state - read)} of state{f', {mib(read)} of data' if read else ''} and "
+    takes += f"{mib(needed.temporaries)} of temporaries"
     progress.message(f"{where}: {what}, {takes}{of}")
     if free and needed.total > free:
         share = max(schedule.num_devices, 1)
@@ -68,6 +73,7 @@ def report(epoch: Any, evaluate: Any, state: Any, schedule: Schedule, num_runs: 
         advice += [f"less experience in the learner, where it takes {mib(kept)}"] if kept else []
         advice += ["fewer runs in one program"] if num_runs > schedule.num_run_devices else []
         advice += ["more of the devices (num_devices)"] if unused else []
+        advice += ["less data"] if read else []
         raise UserError(
             f"the run takes {mib(needed.total)} on each device, which has {mib(free)} free. What would help: "
             f"{', '.join(advice)}."

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlx.algorithm import LearnerState, Policy
+from rlx.algorithm import Data, LearnerState, Policy
 from rlx.checkpoint import Checkpointer, first_nonfinite
 from rlx.environment import Environment
 from rlx.errors import NonFiniteError, UserError, require
@@ -200,9 +200,12 @@ def episodes(result: EvalResult) -> dict[str, list[float]]:
     return {name: np.asarray(value).tolist() for name, value in result._asdict().items() if value is not None}
 
 
-def describe(algorithm: Any, env: Environment, train_config: Any, config: Any, schedule: Schedule) -> dict[str, Any]:
+def describe(
+    algorithm: Any, env: Environment, train_config: Any, config: Any, schedule: Schedule, data: Data | None = None
+) -> dict[str, Any]:
     """What config.json holds of a run that is begun from Python; the command line adds what builds it again."""
     return {
+        **({"data": data.record} if data else {}),
         "algorithm": getattr(algorithm, "__name__", type(algorithm).__name__).rpartition(".")[2],
         "env": env.spec.name or type(env).__name__,
         "physics": env.spec.physics,
@@ -226,6 +229,8 @@ def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -
     for name in ("algorithm", "env", "physics"):
         was = recorded.get(name, "")  # runs of the first development version recorded no engine
         require(was == given[name], name, given[name], f"the run to resume is of {was!r}")
+    was, now = ([(d["sha256"], d["share"]) for d in entry.get("data", ())] for entry in (recorded, given))
+    require(was == now, "data", now, f"the run to resume learns from other data: {was}")
     for part in ("train", "algo", "plan"):
         for name, value in given[part].items():
             if part == "train" and name in ("num_devices", "split"):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlx import group, settings
-from rlx.algorithm import Algorithm, Mode, Plan, Policy
+from rlx.algorithm import Algorithm, Data, Key, Mode, Plan, Policy
 from rlx.compilation import Programs, compile_run
 from rlx.environment import Environment
 from rlx.epoch import EpochMetrics, TrainState
@@ -29,6 +29,7 @@ from rlx.recording import (
     say_other_devices,
 )
 from rlx.schedule import Schedule, TrainConfig, make_schedule, one_device
+from rlx.types import PyTree
 
 
 class Run(NamedTuple):
@@ -61,7 +62,7 @@ def run_epochs(
     pending: tuple[int, EpochMetrics, float | None] | None = None
     stopping = False
     while iteration < schedule.plan.num_iterations and not stopping:
-        state, metrics = programs.epoch(state, varied)
+        state, metrics = programs.epoch(state, varied, programs.arrays)
         if pending:
             recorder.epoch(*pending, state.learner)
             stopping = bool(on_epoch(recorder.write(pending[0])))
@@ -92,6 +93,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     init_policy: Policy | None = None,
+    data: Data | None = None,
     on_epoch: Callable[[dict[str, float]], Any] | None = None,
     progress: Progress | None = None,
     writers: Sequence[Writer] = (),
@@ -108,6 +110,7 @@ def train(
         overwrite: replaces a run that `run_dir` already holds.
         resume: goes on from the newest whole checkpoint in `run_dir`, bit for bit as if nothing had happened.
         init_policy: another run's policy to start from.
+        data: data sets to learn from (`rlx.data.read`); `env` then serves evaluations alone.
         on_epoch: called with each row of metrics; a true answer ends the run after a save.
         progress: where phases and progress are shown; None: a display of its own on stderr.
         writers: more places for the rows of metrics; the caller closes them.
@@ -121,11 +124,12 @@ def train(
     plan = schedule.plan
     built = build_algorithm(algorithm, config, env, plan)
     check_policy(built, init_policy)
+    check_data(algorithm, built, env, data)
     init_policy = jax.device_get(init_policy)  # it may lie on other devices than this run will
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the run")
     progress = progress or Progress()
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
-    description = describe(algorithm, env, train_config, config, schedule) | dict(record or {})
+    description = describe(algorithm, env, train_config, config, schedule, data) | dict(record or {})
     directory = None
     if run_dir is not None and resume:
         directory = RunDirectory.open(run_dir)
@@ -136,7 +140,7 @@ def train(
     key = jax.random.key(train_config.seed)
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        programs = compile_run(env, lambda varied: built, schedule, train_config, key, {}, init_policy, progress)
+        programs = compile_run(env, lambda varied: built, schedule, train_config, key, {}, init_policy, progress, data)
         if run_dir is not None and not resume:
             directory = RunDirectory.create(run_dir, description, overwrite)
         stop = stack.enter_context(StopSignal(progress.quiet))
@@ -145,7 +149,7 @@ def train(
             state = recorder.open(stack, directory, train_config.keep_checkpoints, resume, programs.abstract_state)
         recorder.writers += writers
         if state is None:
-            state = programs.init(key, {}, init_policy)
+            state = programs.init(key, {}, init_policy, programs.arrays)
         with progress.phase("training"):
             state = run_epochs(programs, {}, schedule, train_config, state, recorder, stop, on_epoch)
     interrupted = int(state.iteration) < plan.num_iterations
@@ -164,6 +168,7 @@ def train_many(
     overwrite: bool = False,
     resume: bool = False,
     init_policy: Policy | None = None,
+    data: Data | None = None,
     on_epoch: Callable[[dict[str, dict[str, float]]], Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Run]:
@@ -174,7 +179,7 @@ def train_many(
     further (`failed.json`, `Run.error`); the others go on.
 
     Args:
-        env, algorithm, overwrite, resume, init_policy, progress: as for `train`.
+        env, algorithm, overwrite, resume, init_policy, data, progress: as for `train`.
         runs: name -> its settings. They may differ in `seed` and in fields of the algorithm's Config that are floats.
         run_dir: holds a run directory for each name.
         records: name -> more entries for its config.json.
@@ -190,12 +195,13 @@ def train_many(
     plan = schedule.plan
     built = [build_algorithm(algorithm, of_run, env, plan) for _, of_run in runs.values()]
     check_policy(built[0], init_policy)
+    check_data(algorithm, built[0], env, data)
     init_policy = jax.device_get(init_policy)
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the runs")
     progress = progress or Progress()
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
     descriptions = {
-        name: describe(algorithm, env, *runs[name], schedule) | dict(records.get(name, {})) for name in names
+        name: describe(algorithm, env, *runs[name], schedule, data) | dict(records.get(name, {})) for name in names
     }
     directories = []
     if run_dir is not None and resume:
@@ -219,7 +225,7 @@ def train_many(
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         try:
-            programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress)
+            programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress, data)
         except jax.errors.JAXTypeError as error:
             if not varied:
                 raise
@@ -237,7 +243,7 @@ def train_many(
             greedy = jax.eval_shape(jax.vmap(lambda learner: built[0].policy(learner, "greedy")), abstract.learner)
             state = recorder.open(stack, directories, keep, resume, abstract, greedy)
         if state is None:
-            state = programs.init(key, varied, init_policy)
+            state = programs.init(key, varied, init_policy, programs.arrays)
         with progress.phase("training"):
             state = run_epochs(programs, varied, schedule, train_config, state, recorder, stop, after_epoch)
         states = group.of_each(state)
@@ -278,6 +284,23 @@ def check_policy(algorithm: Algorithm, policy: Policy | None) -> None:
             raise UserError(f"the policy to start from has {found} at {name}; this run's learner takes {allowed}.")
 
 
+def check_data(module: Any, algorithm: Algorithm, env: Environment, data: Data | None) -> None:
+    """Raises UserError for an algorithm that learns from data alone without any, or that data cannot serve."""
+    name = getattr(module, "__name__", type(module).__name__).rpartition(".")[2]
+    if data is None:
+        needed = getattr(module, "NEEDS_DATA", False)
+        require(not needed, "data", None, f"{name} learns from a data set (--data FILE; `rlx collect` makes one)")
+        return
+
+    def act(key: Key) -> PyTree:
+        memory, obs = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), (algorithm.memory(key), env.spec.obs))
+        return algorithm.act(algorithm.policy(algorithm.init(key), "explore"), memory, obs, key, "explore")[2]
+
+    extras = jax.eval_shape(act, jax.random.key(0))
+    if jax.tree.leaves(extras):
+        raise UserError(f"{name} cannot learn from data: its update needs {type(extras).__name__}, noted while acting.")
+
+
 def load_policy(
     run_dir: str | Path,
     env: Environment,
@@ -286,8 +309,11 @@ def load_policy(
     config: Any,
     best: bool = False,
     mode: Mode = "greedy",
+    step: int | None = None,
 ) -> tuple[Algorithm, Policy, int]:
     """The algorithm of a run and the policy of its newest whole checkpoint, or of its best evaluation; the step.
+
+    `step`: the checkpoint of that step instead of the newest.
 
     Raises UserError where there is none, or where it is of another algorithm or environment.
     """
@@ -299,5 +325,5 @@ def load_policy(
         greedy = jax.eval_shape(lambda learner: built.policy(learner, "greedy"), learner)
         return built, *checkpointer.restore_best(greedy)
     # The learner alone: the environments' part depends on the physics engine, which may be another one here.
-    state, step = checkpointer.restore(TrainState(learner, (), (), ()), partial=True)  # type: ignore[arg-type]
+    state, step = checkpointer.restore(TrainState(learner, (), (), ()), step, partial=True)  # type: ignore[arg-type]
     return built, built.policy(state.learner, mode), step

@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec
 
 import envs
 from envs.physics.native import calling_devices
-from rlx import training
-from rlx.algorithms import ALGORITHMS, ppo, sac
+from rlx import data, training
+from rlx.algorithms import ALGORITHMS, bc, ppo, sac
+from rlx.collection import Part, collect, random_policy
 from rlx.compilation import compile_run
 from rlx.errors import UserError
 from rlx.footprint import collectives
@@ -52,14 +53,14 @@ def assert_close(tree, expected, tolerance=1e-5):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-def messages_of(module, config, sizes, **plan):
+def messages_of(module, config, sizes, found=None, **plan):
     """Between devices in one iteration of the program that runs, and the bytes of the parameters."""
     env, sizes = Counter(5), dataclasses.replace(sizes, iterations_per_epoch=1, split="envs")
     schedule = make_schedule(env, sizes)
     schedule = schedule._replace(plan=schedule.plan._replace(**plan))
     assert schedule.num_devices == NUM_DEVICES
     built = module.make(config, env.spec, schedule.plan)
-    programs = compile_run(env, lambda varied: built, schedule, sizes, jax.random.key(0), {}, None, quiet())
+    programs = compile_run(env, lambda varied: built, schedule, sizes, jax.random.key(0), {}, None, quiet(), found)
     state = programs.abstract_state
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.learner.params))
     return collectives(programs.epoch.as_text()), size
@@ -98,6 +99,19 @@ def test_one_iteration_sends_nothing_larger_than_the_parameters(name, config):
 def test_a_shuffle_over_all_devices_would_be_seen():
     found, size = messages_of(ppo, small(ppo.Config()), WIDE, num_groups=1)
     assert max(c.bytes for c in found) > size + 64 or {c.kind for c in found} != {"all-reduce"}
+
+
+def test_data_are_read_on_every_device_for_itself(tmp_path):
+    env = Counter(5)
+    collect(env, [Part(random_policy(env.spec), (), 2000)], tmp_path / "a.npz", progress=quiet())
+    found = data.read([(tmp_path / "a.npz", None)], env)
+    messages, size = messages_of(bc, small(bc.Config()), WIDE, found)
+    assert {c.kind for c in messages} == {"all-reduce"} and max(c.bytes for c in messages) <= size + 64, messages
+    eight, one = (
+        train(env, bc, dataclasses.replace(SMALL, num_devices=n), small(bc.Config()), data=found, progress=quiet())
+        for n in (8, 1)
+    )
+    assert_close(eight.state, one.state, 1e-4)
 
 
 @pytest.mark.parametrize("config", [CONFIG, pytest.param(RECURRENT, marks=pytest.mark.slow)])
@@ -169,8 +183,8 @@ def test_the_state_is_donated():
     assert schedule.num_devices == NUM_DEVICES
     built = ppo.make(CONFIG, env.spec, schedule.plan)
     programs = compile_run(env, lambda varied: built, schedule, sizes, jax.random.key(0), {}, None, quiet())
-    state = programs.init(jax.random.key(0), {}, None)
-    programs.epoch(state, {})
+    state = programs.init(jax.random.key(0), {}, None, ())
+    programs.epoch(state, {}, ())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 

@@ -23,11 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import envs
 from rlx.algorithms import ALGORITHMS
 from rlx.checkpoint import Checkpointer
 from rlx.cli.pairs import load_run
+from rlx.collection import Part, collect, random_policy
+from rlx.data import read
 from rlx.epoch import init_state
-from rlx.logging import read_metrics
+from rlx.logging import Progress, read_metrics
 from rlx.rollout import make_source
 from rlx.schedule import make_schedule
 
@@ -42,6 +45,8 @@ RUNS = {
     "--algo.actor-learning-rate 0.01 --algo.critic-learning-rate 0.01",
     "td3": f"probe/lqr --env.scale 4 {OFF_POLICY} --algo.gamma 0.8 "
     "--algo.actor-learning-rate 0.003 --algo.critic-learning-rate 0.003",
+    "bc": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.num-minibatches 2 --algo.learning-rate 0.03 "
+    "--data DATA",
 }
 EPOCHS = 120
 SIZES = (
@@ -100,6 +105,14 @@ class Rlx:
         return self.process.returncode, out.decode(), self.err
 
 
+@pytest.fixture(scope="module", autouse=True)
+def data_set(tmp_path_factory):
+    """DATA in `RUNS`: random actions."""
+    env, path = envs.make("probe/lqr", scale=1), tmp_path_factory.mktemp("data") / "a.npz"
+    collect(env, [Part(random_policy(env.spec), (), 1000)], path, progress=Progress(quiet=True))
+    RUNS["bc"] = RUNS["bc"].replace("DATA", str(path))
+
+
 def train(name: str, folder: Path, checkpoints: int = CHECKPOINTS, num_seeds: int = 1) -> Rlx:
     sizes = [*SIZES.split(), "--num-checkpoints", checkpoints, "--num-seeds", num_seeds]
     return Rlx("train", name, *RUNS[name].split(), *sizes, "--run-dir", folder)
@@ -128,6 +141,9 @@ def restored(folder: Path) -> tuple[Any, ...]:
     plan = make_schedule(run.env, run.train_config).plan
     learner = run.module.make(run.config, run.env.spec, plan)
     source = make_source(run.env, plan, run.train_config.reset, run.train_config.reset_pool_size)
+    if "data" in run.directory.config:
+        found = read([(entry["path"], entry["share"]) for entry in run.directory.config["data"]], run.env)
+        source = found.source(found.arrays, plan, None)
     state = jax.eval_shape(lambda key: init_state(learner, source, key), jax.random.key(0))
     checkpointer = Checkpointer(run.directory.checkpoints_path)
     newest, step = checkpointer.restore(state)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,9 @@ import pytest
 
 import envs
 from rlx import normalize
-from rlx.algorithms import ALGORITHMS
+from rlx.algorithms import ALGORITHMS, ppo
+from rlx.collection import Part, collect
+from rlx.data import read
 from rlx.logging import Progress
 from rlx.networks import MLP
 from rlx.off_policy import make_critics
@@ -34,6 +38,7 @@ OFF_POLICY = {
 }
 CONTINUOUS_ALONE = ("sac", "td3")
 FAST = {
+    "bc": {"learning_rate": 3e-3},
     "ppo": {"learning_rate": 3e-3, "gamma": 0.9, "num_epochs": 4, "num_minibatches": 4, "anneal_lr": True},
     "sac": OFF_POLICY | {"init_alpha": 1e-3, "alpha_learning_rate": 1e-2},
     "td3": OFF_POLICY,
@@ -44,7 +49,20 @@ def learn(name, world, train_config=TRAIN, **changes):
     module = importlib.import_module(ALGORITHMS[name])
     overrides = changes.pop("env", {})
     config = dataclasses.replace(module.Config(), **{**FAST.get(name, {}), **changes})
-    return config, train(envs.make(world, **overrides), module, train_config, config, progress=Progress(quiet=True))
+    env, keywords = envs.make(world, **overrides), {"progress": Progress(quiet=True)}
+    found = demonstrations(world) if getattr(module, "NEEDS_DATA", False) else None
+    return config, train(env, module, train_config, config, data=found, **keywords)
+
+
+@functools.cache
+def demonstrations(world):
+    """Data of a policy that PPO has learnt."""
+    config, run = learn("ppo", world)
+    env = envs.make(world)
+    part = Part(ppo.make(config, env.spec, make_schedule(env, TRAIN).plan), run.policy, 4096)
+    with tempfile.TemporaryDirectory() as folder:
+        collect(env, [part], f"{folder}/a.npz", mode="greedy", progress=Progress(quiet=True))
+        return read([(f"{folder}/a.npz", None)], env)
 
 
 def values(name, config, run, env, obs):

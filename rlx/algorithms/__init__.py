@@ -6,4 +6,5 @@ ALGORITHMS = {
     "ppo": "rlx.algorithms.ppo",
     "sac": "rlx.algorithms.sac",
     "td3": "rlx.algorithms.td3",
+    "bc": "rlx.algorithms.bc",
 }

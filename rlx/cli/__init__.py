@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlx import __version__
+from rlx.cli.collection import collect
 from rlx.cli.inspection import benchmark, doctor, evaluate, list_names, plot
 from rlx.cli.runs import resume, train
 from rlx.cli.studies import reproduce
@@ -27,6 +28,7 @@ usage: rlx COMMAND ...
   reproduce STUDY [...]        run what is missing of a study in experiments/, and write its report
   resume RUN_DIR               go on with a run, runs of many seeds or a sweep that was stopped
   evaluate RUN_DIR [...]       play whole episodes with a run's policy
+  collect RUN_DIR... [...]     roll policies out into a data set, for `rlx train bc ENV --data FILE`
   plot RUN_DIR... --out FILE   draw learning curves
   list envs|algorithms         what there is
   benchmark ENV [ALGORITHM]    steps/s, compile time and memory on every physics engine
@@ -84,6 +86,7 @@ def dispatch(arguments: list[str]) -> int:
     """Runs the command that `arguments` begin with."""
     commands = {"train": train, "sweep": sweep, "resume": resume, "evaluate": evaluate, "plot": plot}
     commands |= {"list": list_names, "doctor": doctor, "benchmark": benchmark, "reproduce": reproduce}
+    commands["collect"] = collect
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0

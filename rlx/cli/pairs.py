@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -161,3 +163,29 @@ def start_policy(run_dir: str | None, physics: str) -> Any:
         return None
     run = load_run(run_dir, physics)
     return load_policy(run_dir, run.env, run.module, run.train_config, run.config)[1]
+
+
+def split_share(text: str) -> tuple[str, float | None]:
+    """`text` without the `:SHARE` at its end, and that share, if it has one."""
+    name, colon, share = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        if colon and not Path(text).exists():
+            return name, float(share)
+    return text, None
+
+
+def load_data(files: Sequence[tuple[str, float | None]], pair: Pair, env: Any, quiet: bool) -> Any:
+    """The data sets in these files with these shares, None without any. Raises UserError for a file with a fault."""
+    from rlx.data import read
+
+    if not files:
+        return None
+    data = read(files, env)
+    for entry in data.record:
+        metadata = entry["metadata"]
+        share = "" if entry["share"] is None else f", share {entry['share']:g}"
+        say(quiet, f"data: {entry['path']}, {metadata.get('total_steps', '?')} steps{share}")
+        overrides = metadata.get("env_overrides", {})
+        same = overrides == json.loads(json.dumps(dict(pair.overrides)))
+        say(quiet or same, f"warning: gathered under {overrides}, evaluated under {dict(pair.overrides)}")
+    return data

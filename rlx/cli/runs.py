@@ -16,10 +16,12 @@ from rlx.cli.pairs import (
     describe,
     find_pair,
     load_algorithm,
+    load_data,
     load_env,
     load_run,
     say,
     settings_of,
+    split_share,
     start_policy,
     with_overrides,
 )
@@ -30,7 +32,7 @@ from rlx.logging import Progress, RunDirectory, run_directories, versions
 
 TRAIN_HELP = """\
 usage: rlx train ALGORITHM ENV [--total-steps N] [--num-envs N] [--seed S] [--num-seeds K] [--run-dir DIR]
-                 [--from RUN_DIR] [--physics P] [--config FILE] [--overwrite] [--quiet]
+                 [--from RUN_DIR] [--data FILE[:SHARE] ...] [--physics P] [--config FILE] [--overwrite] [--quiet]
                  [--algo.FIELD V ...] [--env.KEY V ...]
 
 `rlx train ALGORITHM ENV --help` lists every setting with its default for that pair.
@@ -69,11 +71,12 @@ def train(arguments: list[str]) -> int:
             say(quiet or not env.spec.physics, f"physics: {env.spec.physics}")
             start = options.from_run and str(Path(options.from_run).absolute())
             policy = start_policy(start, pair.physics)
+            data = load_data([split_share(file) for file in options.data], pair, env, quiet)
         record = {**describe(pair), "from": start, "wandb": options.wandb}
         record["command"] = shlex.join(["rlx", "train", *arguments])
         record["settings"] = settings.entries(merged)
         keywords: dict[str, Any] = {"run_dir": run_dir, "overwrite": options.overwrite, "init_policy": policy}
-        keywords["progress"] = shown
+        keywords |= {"progress": shown, "data": data}
         if not many:
             return finish(training.train(env, algorithm, train_config, config, record=record, **keywords), run_dir)
         runs = {
@@ -139,11 +142,13 @@ def resume(arguments: list[str]) -> int:
 
             empty = Checkpointer(Path(options.run_dir) / "checkpoints").empty()
             policy = start_policy(recorded.get("from") if empty else None, run.pair.physics)
+            files = [(entry["path"], entry["share"]) for entry in recorded.get("data", ())]
+            data = load_data(files, run.pair, run.env, options.quiet)
         now = versions()
         other = [f"{k} {was} then, {now.get(k, 'missing')} now" for k, was in recorded["versions"].items()]
         other = [text for text, (k, was) in zip(other, recorded["versions"].items(), strict=True) if now.get(k) != was]
         say(options.quiet or not other, f"versions differ, so results may in their last digits: {'; '.join(other)}")
-        keywords: dict[str, Any] = {"init_policy": policy, "progress": shown, "resume": True}
+        keywords: dict[str, Any] = {"init_policy": policy, "progress": shown, "resume": True, "data": data}
         own = describe(run.pair)
         folder = Path(options.run_dir).absolute()
 

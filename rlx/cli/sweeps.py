@@ -59,7 +59,8 @@ def sweep(arguments: list[str]) -> int:
             from rlx.schedule import TrainConfig
         options, merged = parse_train(pair.env, pair.algorithm, rest, TrainConfig, algorithm.Config)
         require(options.num_seeds >= 1, "num_seeds", options.num_seeds, "at least 1")
-        for flag, value in (("from", options.from_run), ("wandb", options.wandb), ("overwrite", options.overwrite)):
+        refused = {"from": options.from_run, "wandb": options.wandb, "overwrite": options.overwrite}
+        for flag, value in {**refused, "data": options.data}.items():
             require(not value, f"--{flag}", value, "a sweep does not take it")
         grid, random = sweeping.read_space(words.space) if words.space else ({}, {})
         grid |= map(sweeping.read_grid, words.grid)

@@ -1,0 +1,116 @@
+"""The data-set source: files of `rlx.data_file`, checked, and read on the device in the place of environments.
+
+A trajectory [T, B] is B runs of T consecutive steps, each begun at a step drawn uniformly, so that every step comes
+equally often: with `unroll_length` 1 these are independent transitions. It reads as that of an environment that resets
+itself (an episode's end is followed by the next one's start, the last by the first of its file), so n-step returns,
+segments and recurrent memory mean what they mean there. Of several files each run is in one, drawn by their shares.
+
+All draws come from the iteration's key: the reader has no state, and a resumed run goes on bit for bit. `step` counts
+the transitions consumed (times the inner steps a decision takes, as everywhere).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlx.algorithm import Algorithm, Data, Key, Plan, Policy, Source
+from rlx.data_checks import check_columns, check_env
+from rlx.data_file import describe_env, load, obs_columns
+from rlx.environment import Environment
+from rlx.errors import UserError, require
+from rlx.sharding import on_parts
+from rlx.types import EpisodeStats, PyTree, Spec, Transition
+
+
+class Arrays(NamedTuple):
+    """N steps of E episodes, over all files."""
+
+    observations: PyTree  # [N + E, ...]
+    actions: Any  # [N, ...]
+    rewards: Any  # [N]
+    terminations: Any  # [N] bool
+    truncations: Any  # [N] bool
+    episode_ids: Any  # [N] int32, 0 .. E - 1
+
+
+def transitions(arrays: Arrays, rows: jax.Array) -> Transition:
+    """Steps `rows` [...] of the data, with their true successors and without extras; leaves [..., ...]."""
+    arrays = jax.tree.map(jnp.asarray, arrays)  # traced rows cannot index numpy's
+    before = rows + arrays.episode_ids[rows]  # every episode before it has one observation more than steps
+    obs = jax.tree.map(lambda x: x[before], arrays.observations)
+    next_obs = jax.tree.map(lambda x: x[before + 1], arrays.observations)
+    columns = (arrays.actions, arrays.rewards, arrays.terminations, arrays.truncations)
+    action, reward, terminated, truncated = (x[rows] for x in columns)
+    return Transition(obs, action, reward, terminated, truncated, next_obs, ())
+
+
+def read(files: Sequence[tuple[str | Path, float | None]], env: Environment) -> Data:
+    """Data sets as an argument of `rlx.train`: pairs of a file and its share of the experience.
+
+    Without shares every step of all files comes equally often. Raises UserError that names the file and its first
+    fault.
+    """
+    require(bool(files), "data", files, "at least one file")
+    parts, records = [], []
+    for path, share in files:
+        try:
+            columns, metadata = load(Path(path))
+            check_env(metadata, describe_env(env))
+            check_columns(columns, env.spec)
+        except UserError as error:
+            raise UserError(f"data set {str(path)!r}: {error}") from error
+        parts.append(as_arrays(columns, env.spec))
+        record = {"path": str(Path(path).absolute()), "share": share, "sha256": metadata["sha256"]}
+        records.append({**record, "metadata": metadata})
+    sizes = [len(part.rewards) for part in parts]
+    shares = normalized_shares([share for _, share in files], sizes)
+    episodes = np.cumsum([0, *(int(part.episode_ids[-1]) + 1 for part in parts)])
+    require(sum(sizes) + episodes[-1] < 2**31, "data", sum(sizes), "fewer than 2^31 observations")
+    parts = [part._replace(episode_ids=part.episode_ids + n) for part, n in zip(parts, episodes.tolist(), strict=False)]
+    whole = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    return Data(whole, partial(make_source, sizes=sizes, shares=shares), records)
+
+
+def as_arrays(columns: Mapping[str, np.ndarray], spec: Spec) -> Arrays:
+    observations = jax.tree.unflatten(jax.tree.structure(spec.obs), [columns[name] for name in obs_columns(spec.obs)])
+    rest = {name: columns[name] for name in ("actions", "rewards", "terminations", "truncations")}
+    return Arrays(observations, **rest, episode_ids=columns["episode_ids"].astype(np.int32))
+
+
+def normalized_shares(shares: Sequence[float | None], otherwise: Sequence[float]) -> list[float]:
+    """`shares` with sum 1; `otherwise` where none is given. Raises UserError for one that is none."""
+    if all(share is None for share in shares):
+        shares = otherwise
+    for share in shares:
+        ok = share is not None and math.isfinite(share) and share > 0
+        require(ok, "share", share, "a number above 0, for all or for none")
+    total = sum(share for share in shares if share)
+    return [share / total for share in shares if share]
+
+
+def make_source(arrays: Arrays, plan: Plan, mesh: Mesh | None, sizes: Sequence[int], shares: Sequence[float]) -> Source:
+    """A Source over files of `sizes` steps that lie one after another in `arrays`, which may be traced."""
+    offsets = np.cumsum([0, *sizes[:-1]]).astype(np.int32)
+    take = on_parts(lambda rows, arrays: transitions(arrays, rows), mesh, num_shared=1)
+
+    def collect(algorithm: Algorithm, policy: Policy, state: tuple[()], key: Key):
+        file_key, start_key = jax.random.split(key)
+        file = jax.random.choice(file_key, len(sizes), (plan.num_envs,), p=jnp.asarray(shares, jnp.float32))
+        offset, size = jnp.asarray(offsets)[file], jnp.asarray(sizes, jnp.int32)[file]
+        start = jax.random.randint(start_key, (plan.num_envs,), 0, size)
+        steps = start[:, None] + jnp.arange(plan.unroll_length, dtype=jnp.int32)[None]
+        batch = take(offset[:, None] + steps % size[:, None], arrays)  # [B, T, ...]
+        trajectory = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batch)
+        zero = jnp.zeros((), jnp.float32)
+        return state, trajectory, EpisodeStats(zero, zero, zero, {}, {})
+
+    return Source(lambda algorithm, key: (), lambda state, key: state, collect)
