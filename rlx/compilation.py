@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -43,12 +44,13 @@ def compile_run(
     policy: Policy | None,
     progress: Progress,
     data: Data | None = None,
+    mixes: bool = False,
 ) -> Programs:
     """Everything a run needs, compiled ahead of the first step; many runs, if there are many keys.
 
     `make` gives the algorithm for its `varied` settings, () each. With `key` [K] those are [K], and all leaves of the
     state and of what it gives are [K, ...], but for the iteration. `policy` is what `init` may start from. With `data`
-    the environment is there for evaluations alone.
+    the environment is there for evaluations alone, unless the algorithm `mixes` both: `make` then takes `data=`.
     """
     check_environment(env)
     many = key.ndim > 0
@@ -56,16 +58,19 @@ def compile_run(
     arrays = data.arrays if data else ()
 
     def source(arrays: PyTree) -> Source:
-        if data:
+        if data and not mixes:
             return data.source(arrays, schedule.plan, mesh)
         return make_source(env, schedule.plan, config.reset, config.reset_pool_size, config.stagger, mesh)
 
+    def learner(varied: Any, arrays: PyTree) -> Algorithm:
+        return make(varied, data=partial(data.draw, arrays)) if data and mixes else make(varied)
+
     def init(key: Key, varied: Any, policy: Policy | None, arrays: PyTree) -> TrainState:
-        state = init_state(make(varied), source(arrays), key, policy)
+        state = init_state(learner(varied, arrays), source(arrays), key, policy)
         return state._replace(stopped=jnp.full((), -1, jnp.int32)) if many else state
 
     def epoch(state: TrainState, varied: Any, arrays: PyTree) -> tuple[TrainState, EpochMetrics]:
-        return make_epoch(make(varied), source(arrays), schedule.plan, schedule.iterations_per_epoch)(state)
+        return make_epoch(learner(varied, arrays), source(arrays), schedule.plan, schedule.iterations_per_epoch)(state)
 
     def evaluate(state: TrainState, varied: Any) -> tuple[EvalResult, Policy]:
         algorithm = make(varied)

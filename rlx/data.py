@@ -27,6 +27,8 @@ from rlx.data_checks import check_columns, check_env
 from rlx.data_file import describe_env, load, obs_columns
 from rlx.environment import Environment
 from rlx.errors import UserError, require
+from rlx.replay import Batch
+from rlx.returns import n_step_window
 from rlx.sharding import on_parts
 from rlx.types import EpisodeStats, PyTree, Spec, Transition
 
@@ -77,7 +79,8 @@ def read(files: Sequence[tuple[str | Path, float | None]], env: Environment) -> 
     require(sum(sizes) + episodes[-1] < 2**31, "data", sum(sizes), "fewer than 2^31 observations")
     parts = [part._replace(episode_ids=part.episode_ids + n) for part, n in zip(parts, episodes.tolist(), strict=False)]
     whole = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    return Data(whole, partial(make_source, sizes=sizes, shares=shares), records)
+    files_of = {"sizes": sizes, "shares": shares}
+    return Data(whole, partial(make_source, **files_of), partial(draw, **files_of), records)
 
 
 def as_arrays(columns: Mapping[str, np.ndarray], spec: Spec) -> Arrays:
@@ -97,18 +100,45 @@ def normalized_shares(shares: Sequence[float | None], otherwise: Sequence[float]
     return [share / total for share in shares if share]
 
 
+def runs_of_steps(key: Key, count: int, length: int, sizes: Sequence[int], shares: Sequence[float]) -> jax.Array:
+    """Rows [count, length] int32 of runs of steps, each in one file and begun anywhere in it; its end is followed by
+    its start."""
+    file_key, start_key = jax.random.split(key)
+    file = jax.random.choice(file_key, len(sizes), (count,), p=jnp.asarray(shares, jnp.float32))
+    offsets = np.cumsum([0, *sizes[:-1]]).astype(np.int32)
+    offset, size = jnp.asarray(offsets)[file], jnp.asarray(sizes, jnp.int32)[file]
+    start = jax.random.randint(start_key, (count,), 0, size)
+    steps = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+    return offset[:, None] + steps % size[:, None]
+
+
+def draw(
+    arrays: Arrays,
+    key: Key,
+    size: int,
+    n_step: int,
+    gamma: float | jax.Array,
+    sizes: Sequence[int],
+    shares: Sequence[float],
+) -> Batch:
+    """`size` n-step targets in parts, as a replay gives them, for a learner that mixes data with what it sees."""
+    rows = runs_of_steps(key, size, n_step, sizes, shares)
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    columns = (arrays.rewards[rows], arrays.terminations[rows], arrays.truncations[rows])
+    reward, discount, last = jax.vmap(n_step_window, (0, 0, 0, None))(*columns, gamma)
+    first = transitions(arrays, rows[:, 0])
+    ends = transitions(arrays, jnp.take_along_axis(rows, last[:, None], axis=1)[:, 0])
+    obs, next_obs = (jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (first.obs, ends.next_obs))
+    return Batch(obs, first.action, reward, discount, next_obs)
+
+
 def make_source(arrays: Arrays, plan: Plan, mesh: Mesh | None, sizes: Sequence[int], shares: Sequence[float]) -> Source:
     """A Source over files of `sizes` steps that lie one after another in `arrays`, which may be traced."""
-    offsets = np.cumsum([0, *sizes[:-1]]).astype(np.int32)
     take = on_parts(lambda rows, arrays: transitions(arrays, rows), mesh, num_shared=1)
 
     def collect(algorithm: Algorithm, policy: Policy, state: tuple[()], key: Key):
-        file_key, start_key = jax.random.split(key)
-        file = jax.random.choice(file_key, len(sizes), (plan.num_envs,), p=jnp.asarray(shares, jnp.float32))
-        offset, size = jnp.asarray(offsets)[file], jnp.asarray(sizes, jnp.int32)[file]
-        start = jax.random.randint(start_key, (plan.num_envs,), 0, size)
-        steps = start[:, None] + jnp.arange(plan.unroll_length, dtype=jnp.int32)[None]
-        batch = take(offset[:, None] + steps % size[:, None], arrays)  # [B, T, ...]
+        rows = runs_of_steps(key, plan.num_envs, plan.unroll_length, sizes, shares)
+        batch = take(rows, arrays)  # [B, T, ...]
         trajectory = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batch)
         zero = jnp.zeros((), jnp.float32)
         return state, trajectory, EpisodeStats(zero, zero, zero, {}, {})

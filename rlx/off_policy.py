@@ -6,6 +6,7 @@ A learner's Config has the fields that `check` and `Experience` name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -18,7 +19,7 @@ from rlx.algorithm import Key, Plan
 from rlx.environment import random_action
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, activation, keep, select
-from rlx.replay import Batch, Replay, Rows, check_replay, make_replay, mix, sample_data
+from rlx.replay import Batch, Draw, Replay, Rows, check_replay, make_replay, mix
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
 
 
@@ -78,9 +79,8 @@ class OffPolicy(NamedTuple):
     updates: int  # gradient steps an iteration
 
 
-def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Rows | None = None) -> OffPolicy:
-    """`data`: a fixed data set (`rlx.replay.sample_data`) that gives `data_batch` transitions of every batch."""
-    require((config.data_batch > 0) == (data is not None), "algo.data_batch", config.data_batch, "it needs a data set")
+def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = None) -> OffPolicy:
+    """`data`: out of which `data_batch` transitions of every batch come."""
     per_iteration = plan.num_envs * plan.unroll_length
     updates, prefill = config.updates_per_iteration or per_iteration, config.prefill_steps // per_iteration
     keys = (config.actor_obs_key, config.critic_obs_key)
@@ -109,9 +109,10 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Rows | None = Non
         """[batch_size, ...], observations as networks read them."""
         online_key, data_key = jax.random.split(key)
         parts = [replay.sample(experience.rows, iteration, online_key, online, config.n_step, config.gamma)]
-        if data is not None:
-            size = (replay.num_groups, data_key, config.data_batch)
-            parts.append(sample_data(data, *size, config.n_step, config.gamma))
+        if config.data_batch:
+            assert data is not None, "data_batch without a data set"
+            draws = partial(data, size=config.data_batch // replay.num_groups, n_step=config.n_step, gamma=config.gamma)
+            parts.append(jax.vmap(draws)(jax.random.split(data_key, replay.num_groups)))
         batch = mix(parts)
         obs, next_obs = (observe(experience.statistics, x) for x in (batch.obs, batch.next_obs))
         return batch._replace(obs=obs, next_obs=next_obs, reward=batch.reward * config.reward_scale)

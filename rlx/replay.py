@@ -39,7 +39,7 @@ OBS_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "uint8": jnp.uin
 
 @per_env
 class Rows(NamedTuple):
-    """Stored experience. Leaves [G, C, B/G, ...]; of a fixed data set [C, 1, ...]."""
+    """Stored experience. Leaves [G, C, B/G, ...]."""
 
     obs: PyTree
     action: jax.Array
@@ -57,6 +57,9 @@ class Batch(NamedTuple):
     reward: jax.Array  # of up to n steps, discounted
     discount: jax.Array  # gamma^k, 0 where the k-th step terminated
     next_obs: PyTree  # the true successor of the k-th step
+
+
+Draw = Callable[[Key, int, int, float | jax.Array], Batch]  # (key, size, n_step, gamma): as many out of a data set
 
 
 class Replay(NamedTuple):
@@ -110,16 +113,6 @@ def make_replay(size: int, batch_sizes: Sequence[int], plan: Plan, spec: Spec, o
         return jax.vmap(draw)(rows, jax.random.split(key, groups))
 
     return Replay(init, insert, sample, num_rows, groups)
-
-
-def sample_data(data: Rows, groups: int, key: Key, size: int, n_step: int, gamma: float | jax.Array) -> Batch:
-    """As `Replay.sample`, from a fixed data set, leaves [C, 1, ...], in the order in which it was seen.
-
-    Where two episodes meet without an ending between them, the last step of the first must be marked as truncated.
-    """
-    stored = data.reward.shape[0]
-    draw = partial(_draw, size=size // groups, stored=stored, newest=stored - 1, n_step=n_step, gamma=gamma)
-    return jax.vmap(draw, (None, 0))(data, jax.random.split(key, groups))
 
 
 def mix(parts: Sequence[Batch]) -> Batch:

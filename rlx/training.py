@@ -110,7 +110,8 @@ def train(
         overwrite: replaces a run that `run_dir` already holds.
         resume: goes on from the newest whole checkpoint in `run_dir`, bit for bit as if nothing had happened.
         init_policy: another run's policy to start from.
-        data: data sets to learn from (`rlx.data.read`); `env` then serves evaluations alone.
+        data: data sets to learn from (`rlx.data.read`); `env` then serves evaluations alone, but for learners whose
+            settings mix data with what they see.
         on_epoch: called with each row of metrics; a true answer ends the run after a save.
         progress: where phases and progress are shown; None: a display of its own on stderr.
         writers: more places for the rows of metrics; the caller closes them.
@@ -124,7 +125,7 @@ def train(
     plan = schedule.plan
     built = build_algorithm(algorithm, config, env, plan)
     check_policy(built, init_policy)
-    check_data(algorithm, built, env, data)
+    mixes = check_data(algorithm, config, built, env, data)
     init_policy = jax.device_get(init_policy)  # it may lie on other devices than this run will
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the run")
     progress = progress or Progress()
@@ -138,9 +139,13 @@ def train(
     elif run_dir is not None:
         RunDirectory.check_free(run_dir, overwrite)
     key = jax.random.key(train_config.seed)
+
+    def make(varied: Mapping[str, jax.Array], **drawn: Any) -> Algorithm:
+        return algorithm.make(config, env.spec, plan, **drawn)
+
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        programs = compile_run(env, lambda varied: built, schedule, train_config, key, {}, init_policy, progress, data)
+        programs = compile_run(env, make, schedule, train_config, key, {}, init_policy, progress, data, mixes)
         if run_dir is not None and not resume:
             directory = RunDirectory.create(run_dir, description, overwrite)
         stop = stack.enter_context(StopSignal(progress.quiet))
@@ -195,7 +200,7 @@ def train_many(
     plan = schedule.plan
     built = [build_algorithm(algorithm, of_run, env, plan) for _, of_run in runs.values()]
     check_policy(built[0], init_policy)
-    check_data(algorithm, built[0], env, data)
+    mixes = check_data(algorithm, config, built[0], env, data)
     init_policy = jax.device_get(init_policy)
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the runs")
     progress = progress or Progress()
@@ -216,8 +221,8 @@ def train_many(
         group.check_free(run_dir, names, overwrite)
     key = jnp.stack([jax.random.key(of_run.seed) for of_run, _ in runs.values()])
 
-    def make(varied: Mapping[str, jax.Array]) -> Algorithm:
-        return algorithm.make(dataclasses.replace(config, **varied), env.spec, plan)
+    def make(varied: Mapping[str, jax.Array], **drawn: Any) -> Algorithm:
+        return algorithm.make(dataclasses.replace(config, **varied), env.spec, plan, **drawn)
 
     def after_epoch(rows: dict[str, dict[str, float]]) -> bool:
         return not rows or bool(on_epoch and on_epoch(rows))  # no rows: every run has failed
@@ -225,7 +230,7 @@ def train_many(
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         try:
-            programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress, data)
+            programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress, data, mixes)
         except jax.errors.JAXTypeError as error:
             if not varied:
                 raise
@@ -284,13 +289,19 @@ def check_policy(algorithm: Algorithm, policy: Policy | None) -> None:
             raise UserError(f"the policy to start from has {found} at {name}; this run's learner takes {allowed}.")
 
 
-def check_data(module: Any, algorithm: Algorithm, env: Environment, data: Data | None) -> None:
-    """Raises UserError for an algorithm that learns from data alone without any, or that data cannot serve."""
+def check_data(module: Any, config: Any, algorithm: Algorithm, env: Environment, data: Data | None) -> bool:
+    """Whether the algorithm mixes data with what it sees in environments (`mixes_data(config)` of its module).
+
+    Raises UserError for one that needs data without any, or that data cannot serve in the place of environments.
+    """
+    mixes = bool(getattr(module, "mixes_data", lambda config: False)(config))
     name = getattr(module, "__name__", type(module).__name__).rpartition(".")[2]
     if data is None:
         needed = getattr(module, "NEEDS_DATA", False)
-        require(not needed, "data", None, f"{name} learns from a data set (--data FILE; `rlx collect` makes one)")
-        return
+        needs = "learns from a data set" if needed else "mixes a data set into its batches at these settings"
+        require(not needed and not mixes, "data", None, f"{name} {needs} (--data FILE; `rlx collect` makes one)")
+    if data is None or mixes:
+        return mixes
 
     def act(key: Key) -> PyTree:
         memory, obs = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), (algorithm.memory(key), env.spec.obs))
@@ -299,6 +310,7 @@ def check_data(module: Any, algorithm: Algorithm, env: Environment, data: Data |
     extras = jax.eval_shape(act, jax.random.key(0))
     if jax.tree.leaves(extras):
         raise UserError(f"{name} cannot learn from data: its update needs {type(extras).__name__}, noted while acting.")
+    return False
 
 
 def load_policy(

@@ -16,7 +16,7 @@ import envs
 from envs.probes import lqr_optimum
 from rlx import collection, data, rolling
 from rlx.algorithm import Algorithm, Plan
-from rlx.algorithms import bc, ppo
+from rlx.algorithms import bc, ppo, sac
 from rlx.collection import Part, random_policy, split_steps
 from rlx.compilation import compile_run
 from rlx.data import transitions
@@ -321,6 +321,60 @@ def test_files_give_their_shares_and_none_runs_over_into_another(tmp_path):
     for shares in ((1.0, None), (1.0, 0.0), (1.0, -2.0), (float("nan"), 1.0)):
         with pytest.raises(UserError, match="share = .* above 0"):
             data.read([(tmp_path / "a.npz", shares[0]), (tmp_path / "b.npz", shares[1])], Counter(3))
+
+
+def test_windows_out_of_data_are_n_step_targets_within_one_episode(tmp_path):
+    collect(tmp_path / "a.npz", steps=11)  # an episode of each environment is cut by the end
+    found = data.read([(tmp_path / "a.npz", None)], Counter(3))
+    steps = everything(found)
+    batch = jax.jit(found.draw, static_argnums=(2, 3))(found.arrays, jax.random.key(0), 200, 3, 0.5)
+    rows = [int(np.flatnonzero((steps.obs == obs).all(axis=1))[0]) for obs in np.asarray(batch.obs)]
+    assert set(rows) == set(range(11))
+    for i, row in enumerate(rows):
+        last = next(t for t in range(row, row + 3) if steps.terminated[t] or steps.truncated[t] or t == row + 2)
+        reward = sum(0.5 ** (t - row) * steps.reward[t] for t in range(row, last + 1))
+        discount = 0.0 if steps.terminated[last] else 0.5 ** (last - row + 1)
+        assert (float(batch.reward[i]), float(batch.discount[i])) == pytest.approx((reward, discount))
+        np.testing.assert_array_equal(batch.next_obs[i], steps.next_obs[last])
+        np.testing.assert_array_equal(batch.action[i], steps.action[row])
+
+
+MIXING = sac.Config(
+    actor_hidden=(8,),
+    critic_hidden=(8,),
+    batch_size=16,
+    data_batch=8,
+    updates_per_iteration=2,
+    replay_size=100,
+    prefill_steps=0,
+)
+
+
+def test_a_learner_mixes_data_with_what_it_sees_and_resumes_bit_for_bit(tmp_path, found):
+    def mixed(name, config=MIXING, of=found, **keywords):
+        place = tmp_path / name if name else None
+        return train(Counter(3), sac, SMALL, config, data=of, run_dir=place, progress=quiet(), **keywords)
+
+    whole = mixed("whole")
+    assert mixed("part", on_epoch=lambda row: row["step"] >= 96).interrupted
+    assert_same_state(whole.state, mixed("part", resume=True).state)
+    assert "train/return" in whole.history[1]  # of environments
+    plain = train(Counter(3), sac, SMALL, dataclasses.replace(MIXING, data_batch=0), progress=quiet())
+    assert not np.array_equal(plain.state.learner.params["log_alpha"], whole.state.learner.params["log_alpha"])
+    many = train_many(
+        Counter(3),
+        sac,
+        {"a": (SMALL, MIXING), "b": (dataclasses.replace(SMALL, seed=1), MIXING)},
+        data=found,
+        progress=quiet(),
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+        many["a"].state.learner.params,
+        whole.state.learner.params,
+    )
+    with pytest.raises(UserError, match="sac mixes a data set into its batches at these settings"):
+        mixed("none", of=None)
 
 
 def run(found, tmp=None, config=SMALL, **keywords):

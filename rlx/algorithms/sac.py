@@ -28,7 +28,7 @@ from rlx.distributions import TanhNormal
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, select
 from rlx.off_policy import Experience, Explorer, adam, descend, make_critics, make_off_policy, squared_error
-from rlx.replay import Batch, Rows
+from rlx.replay import Batch, Draw
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
 
 
@@ -46,7 +46,7 @@ class Config:
     replay_dtype: str = "float32"  # of stored observations: float32, bfloat16 or uint8 (whole numbers 0 to 255)
     prefill_steps: int = 5_000  # decisions, over all environments, before the first gradient step
     random_prefill: bool = True  # take them uniformly at random, not by the policy
-    data_batch: int = 0  # transitions of a batch that come from a data set: `make(..., data=rows)`
+    data_batch: int = 0  # transitions of a batch out of a data set (`--data`), the others are the run's own; 0: none
     num_critics: int = 2  # E; targets and actor take the minimum over them
     target_subset: int = 0  # critics, drawn anew at each gradient step, that a target is the minimum of; 0: all
     mean_critic: bool = False  # the actor climbs the critics' mean instead, as in REDQ
@@ -98,10 +98,15 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
     require(0 <= subset <= config.num_critics, "algo.target_subset", subset, allowed)
 
 
-def make(config: Config, spec: Spec, plan: Plan, data: Rows | None = None) -> Algorithm:
+def mixes_data(config: Config) -> bool:
+    """Whether batches are drawn from a data set too, which `make` then takes."""
+    return config.data_batch > 0
+
+
+def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Algorithm:
     """SAC for `spec`; see `rlx.algorithm.Algorithm` for the functions it returns.
 
-    `data`: transitions of a fixed data set, in the order in which they were seen, leaves [C, 1, ...].
+    `data`: what `data_batch` transitions of every batch come out of.
     """
     assert isinstance(spec.action, Box)
     action_size = spec.action.shape[0]

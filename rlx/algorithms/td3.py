@@ -24,7 +24,7 @@ from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, select
 from rlx.off_policy import Experience, Explorer, adam, descend, make_critics, make_off_policy, squared_error
-from rlx.replay import Batch, Rows
+from rlx.replay import Batch, Draw
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
 
 
@@ -41,7 +41,7 @@ class Config:
     replay_dtype: str = "float32"  # of stored observations: float32, bfloat16 or uint8 (whole numbers 0 to 255)
     prefill_steps: int = 5_000  # decisions, over all environments, before the first gradient step
     random_prefill: bool = True  # take them uniformly at random, not by the policy
-    data_batch: int = 0  # transitions of a batch that come from a data set: `make(..., data=rows)`
+    data_batch: int = 0  # transitions of a batch out of a data set (`--data`), the others are the run's own; 0: none
     num_critics: int = 2  # E; targets take the minimum over them
     policy_delay: int = 2  # gradient steps of the critics for each one of the actor and of the targets
     exploration_noise: float = 0.1  # standard deviation of what is added to actions; the box is [-1, 1]
@@ -89,10 +89,15 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
         require(getattr(config, name) >= 0, f"algo.{name}", getattr(config, name), "at least 0")
 
 
-def make(config: Config, spec: Spec, plan: Plan, data: Rows | None = None) -> Algorithm:
+def mixes_data(config: Config) -> bool:
+    """Whether batches are drawn from a data set too, which `make` then takes."""
+    return config.data_batch > 0
+
+
+def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Algorithm:
     """TD3 for `spec`; see `rlx.algorithm.Algorithm` for the functions it returns.
 
-    `data`: transitions of a fixed data set, in the order in which they were seen, leaves [C, 1, ...].
+    `data`: what `data_batch` transitions of every batch come out of.
     """
     assert isinstance(spec.action, Box)
     action_size = spec.action.shape[0]
