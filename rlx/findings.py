@@ -81,7 +81,7 @@ def numbers(found: Findings) -> dict[str, Any]:
         entry |= scores._asdict() | {"verdict": judged.word, "reason": judged.reason}
         entry |= {"reference": vars(reference) if reference else None}
         entry |= {"minutes": result.minutes, "steps_per_second": result.steps_per_second}
-        entry |= {key: recorded.get(key) for key in ("machine", "physics", "versions", "commit")}
+        entry |= {key: recorded.get(key) for key in ("machine", "physics", "versions", "commit", "resumed")}
         entry |= {"settings": changed_settings(result), "runs": []}
         entry["runs"] = [
             {"seed": r.seed, "score": r.score, "error": r.error, "steps": r.steps, "returns": r.returns}

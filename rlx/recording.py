@@ -27,10 +27,12 @@ from rlx.logging import (
     TensorboardWriter,
     WandbWriter,
     Writer,
+    group_of,
     read_metrics,
+    versions,
     write_atomically,
 )
-from rlx.machine import usable_cores
+from rlx.machine import commit, usable_cores
 from rlx.plotting import plot
 from rlx.schedule import Schedule
 
@@ -209,6 +211,7 @@ def describe(algorithm: Any, env: Environment, train_config: Any, config: Any, s
         "train": dataclasses.asdict(train_config),
         "algo": dataclasses.asdict(config),
         "plan": schedule.describe(),
+        "commit": commit(),
         "machine": {
             "platform": jax.default_backend(),
             "devices": [device.device_kind for device in jax.devices()],
@@ -218,6 +221,21 @@ def describe(algorithm: Any, env: Environment, train_config: Any, config: Any, s
             "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
         },
     }
+
+
+def note_resume(directory: RunDirectory, progress: Progress) -> None:
+    """Says, and adds to config.json as "resumed", that a run goes on with other versions or another commit."""
+    now = {"versions": versions(), "commit": commit()}
+    was = {key: directory.config.get(key) for key in now} | (directory.config.get("resumed") or [{}])[-1]
+    if was == now:
+        return
+    old, new = was["versions"] or {}, now["versions"]
+    other = [f"{k} {old.get(k, 'missing')} then, {new.get(k, 'missing')} now" for k in {**old, **new}]
+    other = [text for text, k in zip(other, {**old, **new}, strict=True) if old.get(k) != new.get(k)]
+    other += [f"commit {was['commit']} then, {now['commit']} now"] if was["commit"] not in (None, now["commit"]) else []
+    progress.message(f"versions differ, so results may too: {'; '.join(other)}")
+    directory.config["resumed"] = [*directory.config.get("resumed", []), now]
+    write_atomically(directory.path / "config.json", json.dumps(directory.config, indent=2) + "\n")
 
 
 def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -232,6 +250,16 @@ def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -
                 continue  # they decide roundings, and may have to be others
             old = recorded.get(part, {}).get(name, value)
             require(old == value, f"{part}.{name}", value, f"the run to resume was begun with {old!r}")
+
+
+def check_alone(directory: RunDirectory) -> None:
+    """Raises UserError for one of many runs whose state lies in the checkpoints that they share, as after a kill."""
+    whole = group_of(directory.path)
+    if whole and Checkpointer(directory.checkpoints_path).empty() and not Checkpointer(whole / "checkpoints").empty():
+        raise UserError(
+            f"{directory.path.name!r} is one of the runs in {str(whole)!r}, which share their checkpoints until all "
+            f"end or are stopped: `rlx resume {whole}` goes on with them."
+        )
 
 
 def say_other_devices(recorded: Mapping[str, Any], given: Mapping[str, Any], progress: Progress) -> None:
