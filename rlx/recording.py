@@ -225,17 +225,17 @@ def describe(algorithm: Any, env: Environment, train_config: Any, config: Any, s
 
 def note_resume(directory: RunDirectory, progress: Progress) -> None:
     """Says, and adds to config.json as "resumed", that a run goes on with other versions or another commit."""
-    now = {"versions": versions(), "commit": commit()}
-    was = {key: directory.config.get(key) for key in now} | (directory.config.get("resumed") or [{}])[-1]
-    if was == now:
-        return
-    old, new = was["versions"] or {}, now["versions"]
-    other = [f"{k} {old.get(k, 'missing')} then, {new.get(k, 'missing')} now" for k in {**old, **new}]
-    other = [text for text, k in zip(other, {**old, **new}, strict=True) if old.get(k) != new.get(k)]
-    other += [f"commit {was['commit']} then, {now['commit']} now"] if was["commit"] not in (None, now["commit"]) else []
-    progress.message(f"versions differ, so results may too: {'; '.join(other)}")
-    directory.config["resumed"] = [*directory.config.get("resumed", []), now]
-    write_atomically(directory.path / "config.json", json.dumps(directory.config, indent=2) + "\n")
+    now: dict[str, Any] = {"versions": versions(), "commit": commit()}
+    earlier = [directory.config, *directory.config.get("resumed", [])][-1]
+    old, new = earlier["versions"], now["versions"]
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    other = [f"{name} {old.get(name, 'missing')} then, {new.get(name, 'missing')} now" for name in changed]
+    if earlier.get("commit") not in (None, now["commit"]):
+        other.append(f"commit {earlier['commit']} then, {now['commit']} now")
+    if other:
+        progress.message(f"versions differ, so results may too: {'; '.join(other)}")
+        directory.config["resumed"] = [*directory.config.get("resumed", []), now]
+        write_atomically(directory.path / "config.json", json.dumps(directory.config, indent=2) + "\n")
 
 
 def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:

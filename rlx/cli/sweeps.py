@@ -125,7 +125,7 @@ def plan(
     floats = {name for name, hint in hints_of(algorithm).items() if hint is float}
     names = dict(zip(map(repr, found), sweeping.names_of(list(map(dict, found))), strict=True))
     require(len(names) == len(found), "sweep", len(found), f"of these settings only {len(names)} differ")
-    programs = []
+    programs: list[dict[str, Any]] = []
     for combinations in sweeping.programs(map(dict, found), floats):
         runs: dict[str, Any] = {}
         own = pair
