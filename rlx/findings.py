@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlx.comparison import MIN_RUNS, Comparison, Improvement, compare, probability_of_improvement
-from rlx.results import Result, Scores, Verdict, complete, score_matrix, statistics, verdict
-from rlx.statistics import summary
+from rlx.results import Result, Verdict, complete, score_matrix, statistics, verdict
+from rlx.statistics import Summary, summary
 from rlx.study import Study
 
 
@@ -25,10 +25,10 @@ class Findings(NamedTuple):
     size: str
     command: str
     results: Sequence[Result]
-    scores: Sequence[Scores]  # of each result
+    scores: Sequence[Summary]  # of each result
     verdicts: Sequence[Verdict]
     environments: Sequence[str]  # on which every algorithm has finished
-    together: Mapping[str, Scores]  # algorithm -> normalised, over those environments
+    together: Mapping[str, Summary]  # algorithm -> normalised, over those environments
     comparisons: Mapping[tuple[str, str], tuple[Comparison, Improvement]]  # what is claimed; beside it the bootstrap's
 
     @property
@@ -48,7 +48,7 @@ def findings(study: Study, size: str, command: str, results: Sequence[Result]) -
     matrices = {}
     if environments and len(study.sizes[size].seeds) > 1:
         matrices = {name: score_matrix(results, study, name, environments) for name in study.algorithms}
-    together = {name: Scores(*summary(matrix)) for name, matrix in matrices.items()}
+    together = {name: summary(matrix) for name, matrix in matrices.items()}
     comparisons = {}
     for pair in itertools.combinations(matrices, 2):
         first, second = (matrices[name] for name in pair)
@@ -81,7 +81,7 @@ def numbers(found: Findings) -> dict[str, Any]:
         entry |= scores._asdict() | {"verdict": judged.word, "reason": judged.reason}
         entry |= {"reference": vars(reference) if reference else None}
         entry |= {"minutes": result.minutes, "steps_per_second": result.steps_per_second}
-        entry |= {key: recorded.get(key) for key in ("machine", "physics", "versions", "commit")}
+        entry |= {key: recorded.get(key) for key in ("machine", "physics", "versions", "commit", "resumed")}
         entry |= {"settings": changed_settings(result), "runs": []}
         entry["runs"] = [
             {"seed": r.seed, "score": r.score, "error": r.error, "steps": r.steps, "returns": r.returns}

@@ -35,6 +35,7 @@ from rlx.logging import (
 )
 from rlx.recording import Recorder, open_checkpoints, restore_newest
 from rlx.rollout import where_done
+from rlx.schedule import check_seed
 from rlx.types import PyTree
 
 
@@ -49,6 +50,16 @@ def check_free(run_dir: str | Path, names: Sequence[str], overwrite: bool) -> No
         raise UserError(f"{str(folder)!r} already holds runs: use `rlx resume {folder}`, or --overwrite.")
     for name in names:
         RunDirectory.check_free(folder / name, overwrite)
+
+
+def check_names(run_dir: str | Path, names: Sequence[str]) -> None:
+    """Raises UserError where `run_dir` does not hold the runs that are to be resumed."""
+    folder = Path(run_dir).absolute()
+    if not (folder / RUNS).is_file():
+        what = "holds no runs of one program" if folder.is_dir() else "does not exist"
+        raise UserError(f"run directory {str(folder)!r} {what} (no {RUNS}).")
+    found = [path.name for path in run_directories(folder)]
+    require(found == list(names), "runs", list(names), f"those that {str(folder)!r} was begun with: {found}")
 
 
 def create(run_dir: str | Path, descriptions: Mapping[str, Mapping[str, Any]], overwrite: bool) -> list[RunDirectory]:
@@ -73,6 +84,8 @@ def varied_settings(runs: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any, dict
     for name in runs:
         require(bool(name) and name == name.strip("./ ") and "/" not in name, "run", name, "the name of a folder")
     trains, configs = zip(*runs.values(), strict=True)
+    for of_run in trains:
+        check_seed(of_run.seed)
     hints = typing.get_type_hints(type(configs[0]))
     differing = [field for field in hints if any(getattr(c, field) != getattr(configs[0], field) for c in configs)]
     fixed = [f"algo.{field}" for field in differing if hints[field] is not float]

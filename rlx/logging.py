@@ -16,8 +16,8 @@ import struct
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file as a whole: whoever reads `path`, at any moment, finds the old content or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write it too
     with open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -63,6 +63,33 @@ def run_directories(path: str | os.PathLike[str]) -> list[Path]:
         return [folder / str(name) for name in json.loads(file.read_text())["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(file)!r} is damaged: {error!r}.") from error
+
+
+def group_of(path: str | os.PathLike[str]) -> Path | None:
+    """The folder of many runs, trained as one program, that a run directory is one of; None for a run alone."""
+    folder = Path(path).absolute()
+    whole = folder.parent
+    return whole if (whole / RUNS).is_file() and folder in run_directories(whole) else None
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds an existing folder against other processes that train into it, until they end or are killed.
+
+    Raises UserError where one does. File systems without locks go without.
+    """
+    import fcntl
+
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{str(path)!r}: another process trains there; wait for it, or stop it.") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 class RunDirectory:
@@ -169,14 +196,14 @@ class JsonlWriter:
         kept = [] if resume_step is None or not file.exists() else read_metrics(file)
         rows = (dict(row) for row in kept if row["step"] <= (resume_step or 0))
         write_atomically(file, "".join(_row(int(row.pop("step")), row) for row in rows))
-        self._file = open(file, "a")
+        self._path = file
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(_row(step, metrics))
-        self._file.flush()
+        with open(self._path, "a") as file:  # not kept open: one process may record hundreds of runs
+            file.write(_row(step, metrics))
 
     def close(self) -> None:
-        self._file.close()
+        pass
 
 
 def cut_events(path: Path, last_step: int) -> None:
@@ -202,26 +229,43 @@ def cut_events(path: Path, last_step: int) -> None:
 
 
 class TensorboardWriter:
-    """Scalars as TensorBoard events. `resume_step` cuts the existing event files behind that step."""
+    """Scalars as TensorBoard events. `resume_step` cuts the existing event files behind that step.
+
+    Not tensorboardX's SummaryWriter, which holds threads and open files: one process may record hundreds of runs.
+    """
 
     def __init__(self, directory: str | os.PathLike[str], resume_step: int | None = None):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.proto.event_pb2 import Event
 
-        existing = sorted(Path(directory).glob("*tfevents*"))
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        existing = sorted(folder.glob("*tfevents*"))
         if resume_step is not None:
             for path in existing:
                 cut_events(path, resume_step)
-        # The name holds whole seconds only: without a suffix a quick resume would write over the file before it.
-        self._writer = SummaryWriter(logdir=str(directory), filename_suffix=f".{len(existing)}")
+        # Without the last number a quick resume would write into the file before it.
+        self._path = folder / f"events.out.tfevents.{int(time.time())}.{len(existing)}"
+        self._append([Event(wall_time=time.time(), file_version="brain.Event:2")])
+
+    def _append(self, events: Sequence[Any]) -> None:
+        from tensorboardX.record_writer import masked_crc32c
+
+        with open(self._path, "ab") as file:
+            for event in events:
+                data = event.SerializeToString()
+                header = struct.pack("<Q", len(data))
+                checksums = [struct.pack("<I", masked_crc32c(part)) for part in (header, data)]
+                file.write(header + checksums[0] + data + checksums[1])
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, float(value), int(step))
-        self._writer.flush()
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        now, finite = time.time(), {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
+        self._append([Event(wall_time=now, step=int(step), summary=scalar(k, v)) for k, v in finite.items()])
 
     def close(self) -> None:
-        self._writer.close()
+        pass
 
 
 class WandbWriter:

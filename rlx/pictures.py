@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlx.results import Result, Scores, reference_interval, score_matrix
-from rlx.statistics import iqm_band, performance_profile
+from rlx.results import Result, reference_interval, score_matrix
+from rlx.statistics import Summary, iqm_band, performance_profile
 from rlx.study import Study
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _draw_curve(panel: Any, result: Result, study: Study) -> dict[str, Any]:
     return shown
 
 
-def draw_scores(results: Sequence[Result], statistics: Sequence[Scores], study: Study) -> Figure:
+def draw_scores(results: Sequence[Result], statistics: Sequence[Summary], study: Study) -> Figure:
     """A line an environment: IQM of the final scores with its interval, above the reference's interval, normalised."""
     rows = [(r, s) for r, s in zip(results, statistics, strict=True) if r.state == "finished" and r.scores.size]
     envs = list(dict.fromkeys(result.program.env for result, _ in rows))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlx.errors import UserError, unknown
-from rlx.logging import RunDirectory, read_metrics
+from rlx.logging import FAILED, RunDirectory, read_metrics
 
 SUFFIXES = (".png", ".svg", ".pdf")
 LABELS = {"eval/return": "mean return of an evaluation episode", "train/return": "mean return of a training episode"}
@@ -20,7 +20,7 @@ class Curve(NamedTuple):
     """One metric of one run."""
 
     env: str
-    algorithm: str
+    algorithm: str  # and settings, where runs of it differ in them
     steps: np.ndarray  # [n] environment steps, ascending
     values: np.ndarray  # [n] finite
 
@@ -32,8 +32,10 @@ def plot(
 ) -> Path:
     """Draws `metric` over environment steps: a panel an environment, a line (mean over its runs) an algorithm.
 
-    The band is the 95 % bootstrap interval of the mean from three runs on, the range for two. Where some run has no
-    evaluation, the returns of training are drawn for all. Returns the path written.
+    Runs of an algorithm with other settings (`--algo.*`, `--env.*`) are a line of their own. The band is the 95 %
+    bootstrap interval of the mean from three runs on, the range for two. Where some run has no evaluation, the returns
+    of training are drawn for all. Runs that met a NaN or an infinity are left out, and counted in the legend, unless
+    all have. Returns the path written.
 
     Raises UserError for no runs, a run without rows, a metric that no row has, a suffix other than png, svg, pdf.
     """
@@ -43,10 +45,15 @@ def plot(
     if not runs:
         raise UserError("there is nothing to plot: name at least one run directory.")
     opened = [run if isinstance(run, RunDirectory) else RunDirectory.open(run) for run in runs]
-    rows = [_rows(run) for run in opened]
-    metric = _available(metric, opened, rows)
-    curves = [_curve(run, of_run, metric) for run, of_run in zip(opened, rows, strict=True)]
-    _draw(curves, LABELS.get(metric, metric), target)
+    whole = [run for run in opened if not (run.path / FAILED).exists()] or opened
+    rows = [_rows(run) for run in whole]
+    metric = _available(metric, whole, rows)
+    curves = [
+        _curve(run, of_run, metric, label) for run, of_run, label in zip(whole, rows, _labels(whole), strict=True)
+    ]
+    lost = len(opened) - len(whole)
+    label = LABELS.get(metric, metric)
+    _draw(curves, f"{label} ({lost} stopped {'run' if lost == 1 else 'runs'} left out)" if lost else label, target)
     return target
 
 
@@ -71,12 +78,29 @@ def _available(metric: str, runs: list[RunDirectory], rows: list[list[dict[str, 
     raise unknown(f"in run {str(run.path)!r} the metric", metric, names)
 
 
-def _curve(run: RunDirectory, rows: list[dict[str, float]], metric: str) -> Curve:
+def _labels(runs: list[RunDirectory]) -> list[str]:
+    """The algorithm of each run, and the settings in which those of it on the same environment differ."""
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    keys = []
+    for run in runs:
+        algorithm = str(run.config.get("algorithm", "algorithm")).removeprefix("rlx.algorithms.")
+        own = {**run.config.get("algo", {}), **{f"env.{k}": v for k, v in run.config.get("env_overrides", {}).items()}}
+        keys.append((algorithm, str(run.config.get("env", "environment"))))
+        kinds.setdefault(keys[-1], []).append(own)
+    labels = []
+    taken = {key: iter(found) for key, found in kinds.items()}
+    for key in keys:
+        own, others = next(taken[key]), kinds[key]
+        differing = [name for name in own if any(other.get(name) != own[name] for other in others)]
+        labels.append(" ".join([key[0], *(f"{name}={own[name]}" for name in differing)]))
+    return labels
+
+
+def _curve(run: RunDirectory, rows: list[dict[str, float]], metric: str, label: str) -> Curve:
     points = {row["step"]: row[metric] for row in rows if np.isfinite(row.get(metric, np.nan))}
     steps = np.array(sorted(points), np.float64)
     env = str(run.config.get("env", "environment"))
-    algorithm = str(run.config.get("algorithm", "algorithm")).removeprefix("rlx.algorithms.")
-    return Curve(env, algorithm, steps, np.array([points[step] for step in steps]))
+    return Curve(env, label, steps, np.array([points[step] for step in steps]))
 
 
 def band(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -27,10 +27,12 @@ from rlx.logging import (
     TensorboardWriter,
     WandbWriter,
     Writer,
+    group_of,
     read_metrics,
+    versions,
     write_atomically,
 )
-from rlx.machine import usable_cores
+from rlx.machine import commit, usable_cores
 from rlx.plotting import plot
 from rlx.schedule import Schedule
 
@@ -212,6 +214,7 @@ def describe(
         "train": dataclasses.asdict(train_config),
         "algo": dataclasses.asdict(config),
         "plan": schedule.describe(),
+        "commit": commit(),
         "machine": {
             "platform": jax.default_backend(),
             "devices": [device.device_kind for device in jax.devices()],
@@ -221,6 +224,21 @@ def describe(
             "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
         },
     }
+
+
+def note_resume(directory: RunDirectory, progress: Progress) -> None:
+    """Says, and adds to config.json as "resumed", that a run goes on with other versions or another commit."""
+    now: dict[str, Any] = {"versions": versions(), "commit": commit()}
+    earlier = [directory.config, *directory.config.get("resumed", [])][-1]
+    old, new = earlier["versions"], now["versions"]
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    other = [f"{name} {old.get(name, 'missing')} then, {new.get(name, 'missing')} now" for name in changed]
+    if earlier.get("commit") not in (None, now["commit"]):
+        other.append(f"commit {earlier['commit']} then, {now['commit']} now")
+    if other:
+        progress.message(f"versions differ, so results may too: {'; '.join(other)}")
+        directory.config["resumed"] = [*directory.config.get("resumed", []), now]
+        write_atomically(directory.path / "config.json", json.dumps(directory.config, indent=2) + "\n")
 
 
 def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -237,6 +255,16 @@ def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -
                 continue  # they decide roundings, and may have to be others
             old = recorded.get(part, {}).get(name, value)
             require(old == value, f"{part}.{name}", value, f"the run to resume was begun with {old!r}")
+
+
+def check_alone(directory: RunDirectory) -> None:
+    """Raises UserError for one of many runs whose state lies in the checkpoints that they share, as after a kill."""
+    whole = group_of(directory.path)
+    if whole and Checkpointer(directory.checkpoints_path).empty() and not Checkpointer(whole / "checkpoints").empty():
+        raise UserError(
+            f"{directory.path.name!r} is one of the runs in {str(whole)!r}, which share their checkpoints until all "
+            f"end or are stopped: `rlx resume {whole}` goes on with them."
+        )
 
 
 def say_other_devices(recorded: Mapping[str, Any], given: Mapping[str, Any], progress: Progress) -> None:

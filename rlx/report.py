@@ -106,7 +106,7 @@ def _facts(found: Findings) -> Table:
         ["not finished", ", ".join(open_ones) or "none"],
         ["machine", _distinct(machine_of(result.recorded) for result in begun)],
         ["versions", _distinct(_versions(result.recorded) for result in begun)],
-        ["commit", _distinct(str(result.recorded.get("commit") or "not known") for result in begun)],
+        ["commit", _distinct(_commits(result.recorded) for result in begun)],
         ["minutes of training", f"{sum(result.minutes for result in begun):.0f}"],
     ]
     return Table(["", ""], rows)
@@ -120,8 +120,15 @@ def _distinct(texts: Any) -> str:
     return "; ".join(dict.fromkeys(texts)) or "nothing was run yet"
 
 
+def _commits(recorded: Mapping[str, Any]) -> str:
+    """The one that a program was begun at, and those that it was gone on with."""
+    later = [entry.get("commit") for entry in recorded.get("resumed", ())]
+    return ", then ".join(str(each or "not known") for each in (recorded.get("commit"), *later))
+
+
 def _number(value: float) -> str:
-    return f"{value:.1f}" if math.isfinite(value) else "-"
+    """Four digits: tasks differ in their scale by orders of magnitude."""
+    return f"{value:.4g}" if math.isfinite(value) else "-"
 
 
 def _table(found: Findings) -> list[Block]:
@@ -130,7 +137,7 @@ def _table(found: Findings) -> list[Block]:
     rows = []
     for result, scores, judged in zip(found.results, found.scores, found.verdicts, strict=True):
         program = result.program
-        interval = f"{scores.low:.1f} to {scores.high:.1f}" if math.isfinite(scores.low) else "-"
+        interval = f"{_number(scores.low)} to {_number(scores.high)}" if math.isfinite(scores.low) else "-"
         reference = found.study.references.get((program.variant, program.env))
         theirs = ["-"] * 3
         if reference:

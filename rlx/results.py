@@ -15,7 +15,7 @@ import numpy as np
 
 from rlx.errors import require
 from rlx.logging import FAILED, FINISHED, RUNS, RunDirectory, read_metrics, run_directories
-from rlx.statistics import iqm_band
+from rlx.statistics import Summary, iqm_band
 from rlx.study import Program, Reference, Study, Task, run_name
 
 FLOOR = "the reference's interval reaches the lowest score"
@@ -59,16 +59,6 @@ class Result(NamedTuple):
     @property
     def failed(self) -> list[RunResult]:
         return [run for run in self.runs if run.error]
-
-
-class Scores(NamedTuple):
-    """Statistics of the runs that finished; NaN where there are too few of them."""
-
-    mean: float
-    sd: float
-    iqm: float
-    low: float  # of the 95 % stratified bootstrap interval of the IQM
-    high: float
 
 
 class Verdict(NamedTuple):
@@ -119,16 +109,16 @@ def minutes_of(rows: Iterable[Mapping[str, float]]) -> float:
     return (total + last) / 60
 
 
-def statistics(result: Result) -> Scores:
+def statistics(result: Result) -> Summary:
     """Mean, sd and IQM of a program's scores, with the interval of the last."""
     scores = result.scores[:, None]
     if not scores.size:
-        return Scores(*[math.nan] * 5)
+        return Summary(*[math.nan] * 5)
     if len(scores) == 1:
-        return Scores(float(scores.mean()), math.nan, float(scores.mean()), math.nan, math.nan)
+        return Summary(float(scores.mean()), math.nan, float(scores.mean()), math.nan, math.nan)
     middle = iqm_band(scores)
     ends = (float(value[0]) for value in middle)
-    return Scores(float(scores.mean()), float(scores.std(ddof=1)), *ends)
+    return Summary(float(scores.mean()), float(scores.std(ddof=1)), *ends)
 
 
 def reference_interval(reference: Reference, task: Task, tolerance: float) -> tuple[float, float]:
@@ -141,7 +131,7 @@ def reference_interval(reference: Reference, task: Task, tolerance: float) -> tu
     return reference.value - half, reference.value + half
 
 
-def verdict(result: Result, scores: Scores, study: Study) -> Verdict:
+def verdict(result: Result, scores: Summary, study: Study) -> Verdict:
     """How a program's mean stands to the interval of its reference (`reference_interval`), and the reason.
 
       better, within, worse   our mean lies above, inside (ends included), below the interval

@@ -67,6 +67,11 @@ class Schedule(NamedTuple):
         return epoch * times // self.num_epochs > (epoch - 1) * times // self.num_epochs
 
 
+def check_seed(seed: int) -> None:
+    """Raises UserError for one that would silently be another one's keys."""
+    require(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2^32 - 1")
+
+
 def make_schedule(env: Environment, config: TrainConfig, num_runs: int = 1) -> Schedule:
     """Sizes of a run, or of `num_runs` in one program, from its settings. Raises UserError for one that cannot be."""
     settings.check_types(config)
@@ -78,7 +83,7 @@ def make_schedule(env: Environment, config: TrainConfig, num_runs: int = 1) -> S
     if config.num_evals and not env.spec.episode_length:
         allowed = "at least 1, for the environment has no time limit"
         require(config.eval_decisions > 0, "eval_decisions", config.eval_decisions, allowed)
-    require(0 <= config.seed < 2**32, "seed", config.seed, "an integer from 0 to 2^32 - 1")
+    check_seed(config.seed)
     require(config.reset in ("pool", "always"), "reset", config.reset, "pool or always")
     num_groups = config.num_groups or math.gcd(config.num_envs, 32)
     allowed = f"at least 0, and a divisor of num_envs = {config.num_envs}"
@@ -103,7 +108,8 @@ def split_devices(config: TrainConfig, num_groups: int, num_runs: int) -> tuple[
     found = len(jax.devices())
     wanted = config.num_devices
     require(jax.process_count() == 1, "processes", jax.process_count(), "1: several hosts are not supported yet")
-    require(0 <= wanted <= found, "num_devices", wanted, f"from 1 to {found}, or 0 for as many as can be used")
+    more = "" if jax.devices()[0].platform != "cpu" else "; JAX_NUM_CPU_DEVICES=N makes N of a CPU"
+    require(0 <= wanted <= found, "num_devices", wanted, f"from 1 to {found}, or 0 for as many as can be used{more}")
     require(config.split in ("auto", "envs", "runs"), "split", config.split, "auto, envs or runs")
     devices = wanted or found
     if config.split == "auto" and jax.devices()[0].platform == "cpu" and not wanted:

@@ -14,10 +14,12 @@ Statistic = Callable[[np.ndarray], Any]
 
 
 class Summary(NamedTuple):
+    """Of runs; NaN where there are too few of them."""
+
     mean: float
-    std: float  # over runs, unbiased, averaged over tasks
+    sd: float  # over runs, unbiased, averaged over tasks
     iqm: float
-    low: float  # ends of the interval of the IQM
+    low: float  # ends of the 95 % bootstrap interval of the IQM
     high: float
 
 

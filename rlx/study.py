@@ -115,9 +115,9 @@ def check(study: Study) -> None:
     _check_parts(study)
     for name, size in study.sizes.items():
         seeds = size.seeds
-        whole = isinstance(seeds, tuple) and all(type(s) is int and s >= 0 for s in seeds)
+        whole = isinstance(seeds, tuple) and all(type(s) is int and 0 <= s < 2**32 for s in seeds)
         distinct = whole and bool(seeds) and len(set(seeds)) == len(seeds)
-        require(distinct, f"sizes[{name!r}].seeds", seeds, "a tuple of at least one whole number, each once")
+        require(distinct, f"sizes[{name!r}].seeds", seeds, "a tuple of at least one whole number below 2^32, each once")
         reported = sorted(set(seeds) & set(study.tuning_seeds))
         require(not reported, f"sizes[{name!r}].seeds", reported, "settings were tuned on these: report others")
         for env in size.environments:

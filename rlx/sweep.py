@@ -139,7 +139,8 @@ class Judged(NamedTuple):
     judging: float  # IQM over those that do not
     low: float  # of its 95 % interval, NaN for fewer than three seeds
     high: float
-    failed: int  # runs that met a NaN or an infinity
+    failed: int  # runs without a score: they met a NaN or an infinity, or are not finished
+    best: float  # the highest of all its seeds; NaN without any
 
 
 def halves(seeds: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
@@ -162,26 +163,31 @@ def judge(scores: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> li
         picking = float(np.mean([of_seed.get(seed, math.nan) for seed in pickers]))
         judging = np.array([[of_seed.get(seed, math.nan)] for seed in judges])
         failed = sum(not math.isfinite(of_seed.get(seed, math.nan)) for seed in seeds)
+        best = max(filter(math.isfinite, of_seed.values()), default=math.nan)
         low = high = middle = math.nan
         if np.isfinite(judging).all():
             middle = iqm(judging)
             if len(judges) >= 3:
                 low, high = stratified_bootstrap_interval(judging)
-        rows.append(Judged(name, picking, middle, low, high, failed))
+        rows.append(Judged(name, picking, middle, low, high, failed, best))
     return sorted(rows, key=lambda row: (not math.isfinite(row.picking), -row.picking))
 
 
-def table(rows: Sequence[Judged], seeds: Sequence[int]) -> str:
-    """Markdown, the picked combination first."""
+def table(rows: Sequence[Judged], seeds: Sequence[int], combinations: Mapping[str, Combination]) -> str:
+    """Markdown, the picked combination first, and its settings as flags."""
     pickers, judges = halves(seeds)
     about = f"Picked by the mean of seeds {_listed(pickers)}, judged on {_listed(judges)}"
     about += " (one seed: the judge is the picker)." if len(seeds) == 1 else "."
     about += " Exploratory: fewer than ten judging seeds." if len(judges) < 10 else ""
-    lines = [about, "", "| settings | mean, picking seeds | IQM, judging seeds | 95 % interval | failed |"]
-    lines.append("|---|---|---|---|---|")
+    lines = [about, "", "| settings | mean, picking seeds | IQM, judging seeds | 95 % interval | best run | failed |"]
+    lines.append("|---|---|---|---|---|---|")
     for row in rows:
         interval = f"{row.low:.4g} to {row.high:.4g}" if math.isfinite(row.low) else ""
-        lines.append(f"| {row.name} | {row.picking:.4g} | {row.judging:.4g} | {interval} | {row.failed or ''} |")
+        figures = [f"{row.picking:.4g}", f"{row.judging:.4g}", interval, f"{row.best:.4g}", str(row.failed or "")]
+        lines.append(f"| {' | '.join([row.name, *figures])} |")
+    if rows and math.isfinite(rows[0].picking):
+        flags = " ".join(f"--{key} {value}" for key, value in combinations[rows[0].name].items())
+        lines += ["", f"Picked: `{flags}`"]
     return "\n".join(lines)
 
 

@@ -18,13 +18,15 @@ from rlx.compilation import Programs, compile_run
 from rlx.environment import Environment
 from rlx.epoch import EpochMetrics, TrainState
 from rlx.errors import UserError, require
-from rlx.logging import Progress, RunDirectory, Writer
+from rlx.logging import Progress, RunDirectory, Writer, locked
 from rlx.recording import (
     Recorder,
     StopSignal,
+    check_alone,
     check_same_settings,
     describe,
     draw_curve,
+    note_resume,
     open_checkpoints,
     say_other_devices,
 )
@@ -117,7 +119,8 @@ def train(
         writers: more places for the rows of metrics; the caller closes them.
 
     Raises:
-        UserError: settings that cannot work, before anything compiles; a run directory in use; a disk that is full.
+        UserError: settings that cannot work, before anything compiles; a run directory that holds another run, or into
+                which another process trains; a disk that is full.
         NonFiniteError: a NaN or infinity in the losses or the environment.
     """
     config = algorithm.Config() if config is None else config
@@ -135,6 +138,7 @@ def train(
     if run_dir is not None and resume:
         directory = RunDirectory.open(run_dir)
         check_same_settings(directory.config, description)
+        check_alone(directory)
         say_other_devices(directory.config, description, progress)
     elif run_dir is not None:
         RunDirectory.check_free(run_dir, overwrite)
@@ -145,9 +149,14 @@ def train(
 
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
+        if directory:
+            stack.enter_context(locked(directory.path))
         programs = compile_run(env, make, schedule, train_config, key, {}, init_policy, progress, data, mixes)
-        if run_dir is not None and not resume:
+        if directory:
+            note_resume(directory, progress)
+        elif run_dir is not None:
             directory = RunDirectory.create(run_dir, description, overwrite)
+            stack.enter_context(locked(directory.path))
         stop = stack.enter_context(StopSignal(progress.quiet))
         state, recorder = None, Recorder(plan.steps_per_iteration, progress)
         if directory:
@@ -210,6 +219,7 @@ def train_many(
     }
     directories = []
     if run_dir is not None and resume:
+        group.check_names(run_dir, names)
         for name in names:  # a kill may have come before all were made
             if not (Path(run_dir) / name / "config.json").exists():
                 RunDirectory.create(Path(run_dir) / name, descriptions[name])
@@ -229,6 +239,8 @@ def train_many(
 
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
+        if directories:
+            stack.enter_context(locked(str(run_dir)))
         try:
             programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress, data, mixes)
         except jax.errors.JAXTypeError as error:
@@ -239,8 +251,11 @@ def train_many(
                 "program. Does the algorithm decide on it in Python (`if`, `float()`, a shape)? Floats of a Config may "
                 f"only enter jax's functions. {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
+        for directory in directories:
+            note_resume(directory, progress if directory is directories[0] else Progress(quiet=True))
         if run_dir is not None and not resume:
             directories = group.create(run_dir, descriptions, overwrite)
+            stack.enter_context(locked(run_dir))
         stop = stack.enter_context(StopSignal(progress.quiet))
         state, recorder = None, group.GroupRecorder(names, plan.steps_per_iteration, progress)
         if directories:
@@ -331,7 +346,9 @@ def load_policy(
     """
     plan = make_schedule(env, one_device(train_config)).plan
     built = build_algorithm(algorithm, config, env, plan)
-    checkpointer = open_checkpoints(RunDirectory.open(run_dir), train_config.keep_checkpoints)
+    directory = RunDirectory.open(run_dir)
+    check_alone(directory)
+    checkpointer = open_checkpoints(directory, train_config.keep_checkpoints)
     learner = jax.eval_shape(built.init, jax.random.key(0))
     if best:
         greedy = jax.eval_shape(lambda learner: built.policy(learner, "greedy"), learner)

@@ -221,6 +221,25 @@ def test_many_runs_on_eight_devices_equal_each_alone_and_resume_bit_for_bit(tmp_
     assert_close(whole["seed-1"].state, alone.state._replace(stopped=None), 1e-5 if split == "runs" else 1e-4)
 
 
+@pytest.mark.slow
+def test_runs_on_devices_of_their_own_step_native_physics_as_alone_and_resume_bit_for_bit(tmp_path):
+    """As every study on a CPU: callbacks of several devices at once."""
+    env = envs.make("playground/PointMass", physics="mujoco")
+    sizes = dataclasses.replace(SMALL, total_steps=16 * 8 * 4, eval_decisions=10, num_evals=1)
+    both = {f"seed-{s}": (dataclasses.replace(sizes, split="runs", seed=s), CONFIG) for s in range(3)}
+
+    def many(run_dir=None, **keywords):
+        return train_many(env, ppo, both, run_dir=run_dir, progress=quiet(), **keywords)
+
+    whole = many()
+    many(tmp_path / "runs", on_epoch=lambda rows: rows["seed-0"]["step"] >= 16 * 8 * 2)
+    resumed = many(tmp_path / "runs", resume=True)
+    alone = run(1, env=env, sizes=dataclasses.replace(sizes, seed=1))
+    for name in both:
+        assert_same_state(resumed[name].state, whole[name].state)
+    assert_close(whole["seed-1"].state.learner.params, alone.state.learner.params, 1e-5)
+
+
 def test_threads_of_native_physics_are_shared_out_over_the_devices_of_the_program_that_calls():
     found = []
 

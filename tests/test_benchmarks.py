@@ -11,6 +11,7 @@ import pytest
 
 from rlx import benchmark, cli
 from rlx.errors import UserError
+from rlx.footprint import KINDS
 from rlx.machine import commit
 from rlx.measuring import alternate, iterations_per_block, rate_with_refresh
 
@@ -29,6 +30,25 @@ def script(name):
 @pytest.fixture(scope="module")
 def peers():
     return script("against_peers")
+
+
+@pytest.mark.parametrize(
+    ("kind", "one", "eight"),
+    [
+        ("all-reduce", (0.0, 0), (2 * 7 / 8 * 300, 3 * 14)),
+        ("all-gather", (0.0, 0), (7 / 8 * 300, 3 * 7)),
+        ("all-to-all", (0.0, 0), (7 / 8 * 300, 3 * 7)),
+        ("ragged-all-to-all", (0.0, 0), (7 / 8 * 300, 3 * 7)),
+        ("reduce-scatter", (0.0, 0), (7 * 300, 3 * 7)),
+        ("collective-permute", (300, 3), (300, 3)),
+    ],
+)
+def test_bytes_and_hops_of_a_ring_by_hand(kind, one, eight):
+    """Three messages of 100 bytes of result."""
+    sent = script("scaling").sent
+    assert kind in KINDS
+    message = {"kind": kind, "bytes": 100, "times": 3}
+    assert (sent(message, 1), sent(message, 8)) == (pytest.approx(one), pytest.approx(eight))
 
 
 def row(physics, num_envs, program, rate, tracing=1.0, compiling=1.0):

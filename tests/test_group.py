@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 import envs
-from rlx import cli
+from rlx import cli, recording
 from rlx.algorithms import ppo
 from rlx.checkpoint import Checkpointer
 from rlx.errors import NonFiniteError, UserError
 from rlx.group import varied_settings
 from rlx.logging import Progress, RunDirectory, read_metrics, run_directories
 from rlx.schedule import TrainConfig
-from rlx.training import train, train_many
+from rlx.training import load_policy, train, train_many
 from tests.test_training import assert_same_state, without_time
 from tests.worlds import Counter, constant_algorithm
 
@@ -268,6 +268,43 @@ def test_they_are_a_folder_of_run_directories_and_refuse_one_that_holds_others(t
     assert len(again["seed-0"].history) == 6 and not (tmp_path / "runs/seed-1").exists()
 
 
+def test_one_whose_state_lies_in_the_shared_checkpoints_goes_on_with_the_others_alone(tmp_path):
+    runs, rows = seeds(2), []
+    many(runs, tmp_path, on_epoch=lambda row: rows.append(row) or len(rows) == 2)
+    shutil.rmtree(tmp_path / "seed-1/checkpoints")  # as after a kill
+    before = (tmp_path / "seed-1/metrics.jsonl").read_bytes()
+    config, algo = runs["seed-1"]
+    with pytest.raises(UserError, match="share their checkpoints.*rlx resume"):
+        train(Counter(5), ppo, config, algo, run_dir=tmp_path / "seed-1", resume=True, progress=quiet())
+    with pytest.raises(UserError, match="share their checkpoints.*rlx resume"):
+        load_policy(tmp_path / "seed-1", Counter(5), ppo, config, algo)
+    assert (tmp_path / "seed-1/metrics.jsonl").read_bytes() == before
+
+
+def test_what_does_not_hold_these_runs_is_not_resumed(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        many(seeds(2), tmp_path / "mistyped", resume=True)
+    assert not (tmp_path / "mistyped").exists()
+    many(seeds(1), tmp_path / "runs")
+    with pytest.raises(UserError, match=r"those that .* was begun with: \['seed-0'\]"):
+        many(seeds(2), tmp_path / "runs", resume=True)
+
+
+def test_every_seed_is_one_that_keys_can_be_made_of():
+    with pytest.raises(UserError, match="seed = 4294967296"):
+        varied_settings({"a": (SMALL, CONFIG), "b": (dataclasses.replace(SMALL, seed=2**32), CONFIG)})
+
+
+def test_other_versions_and_commits_that_runs_go_on_with_are_said_and_recorded_once(tmp_path, monkeypatch, capsys):
+    many(seeds(2), tmp_path)
+    monkeypatch.setattr(recording, "commit", lambda: "another")
+    for _ in range(2):
+        train_many(Counter(5), ppo, seeds(2), run_dir=tmp_path, resume=True, progress=Progress())
+        recorded = RunDirectory.open(tmp_path / "seed-1").config
+        assert [entry["commit"] for entry in recorded["resumed"]] == ["another"]
+    assert capsys.readouterr().err.count("versions differ, so results may too: commit") == 1
+
+
 def test_one_run_of_many_goes_on_alone(tmp_path):
     runs = seeds(2)
     rows = []
@@ -290,6 +327,10 @@ def test_the_command_line_trains_resumes_evaluates_and_plots_many_seeds(tmp_path
     recorded = RunDirectory.open("runs/seed-4").config
     assert recorded["train"]["seed"] == 4 == recorded["settings"]["seed"]["value"]
     assert cli.main(["resume", "runs", "--quiet"]) == 0
+    os.rename("runs/seed-4/config.json", "away")
+    capsys.readouterr()
+    assert cli.main(["resume", "runs", "--quiet"]) == 2 and "not all begun" in capsys.readouterr().err
+    os.rename("away", "runs/seed-4/config.json")
     assert cli.main(["evaluate", "runs", "--episodes", "5"]) == 0
     assert capsys.readouterr().out.count("5 episodes") == 3
     assert len(json.loads((tmp_path / "runs/seed-5/eval.json").read_text())["returns"]) == 5

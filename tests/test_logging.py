@@ -3,15 +3,27 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import struct
+import subprocess
 import sys
+import threading
 import types
 
 import pytest
 
 from rlx import logging
 from rlx.errors import UserError
-from rlx.logging import JsonlWriter, Progress, RunDirectory, TensorboardWriter, WandbWriter, read_metrics
+from rlx.logging import (
+    JsonlWriter,
+    Progress,
+    RunDirectory,
+    TensorboardWriter,
+    WandbWriter,
+    group_of,
+    locked,
+    read_metrics,
+)
 
 
 class Terminal(io.StringIO):
@@ -142,6 +154,36 @@ def test_an_event_file_torn_by_a_kill_is_cut_too(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     TensorboardWriter(tmp_path, resume_step=30).close()
     assert events(tmp_path) == [(10, "a", 10.0)]
+
+
+def test_writers_hold_no_file_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    writers = [TensorboardWriter(tmp_path / str(i)) for i in range(20)]
+    writers += [JsonlWriter(tmp_path / f"{i}.jsonl") for i in range(20)]
+    for writer in writers:
+        writer.write(1, {"a": 1.0})
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert events(tmp_path / "3") == [(1, "a", 1.0)]
+
+
+def test_a_run_that_one_process_trains_is_refused_to_another(tmp_path):
+    code = "import sys, rlx.logging\nwith rlx.logging.locked(sys.argv[1]): print('in', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(UserError, match="another process trains there"), locked(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+    with locked(tmp_path):  # a killed one holds nothing
+        pass
+
+
+def test_the_group_of_a_run_is_the_folder_that_lists_it(tmp_path):
+    (tmp_path / "runs.json").write_text('{"runs": ["a", "b"]}')
+    assert group_of(tmp_path / "a") == tmp_path
+    assert group_of(tmp_path / "c") is None and group_of(tmp_path) is None
 
 
 def test_without_wandb_the_message_says_how_to_install_it(tmp_path, monkeypatch):

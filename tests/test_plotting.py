@@ -8,8 +8,8 @@ from rlx.logging import JsonlWriter, RunDirectory
 from rlx.plotting import Curve, band, plot
 
 
-def make_run(path, rows, algorithm="ppo", env="probe/one"):
-    run = RunDirectory.create(path, {"algorithm": algorithm, "env": env})
+def make_run(path, rows, algorithm="ppo", env="probe/one", **entries):
+    run = RunDirectory.create(path, {"algorithm": algorithm, "env": env, **entries})
     writer = JsonlWriter(run.metrics_path)
     for step, metrics in rows:
         writer.write(step, metrics)
@@ -42,6 +42,21 @@ def test_a_picture_names_environment_algorithm_number_of_runs_and_axes(tmp_path)
     for part in ("probe/one", "ppo (mean and range of 2 runs)", "sac (1 run)"):
         assert part in text
     assert "environment steps" in text and "mean return of an evaluation episode" in text
+
+
+def test_runs_with_other_settings_are_lines_of_their_own_and_stopped_ones_are_left_out(tmp_path):
+    import matplotlib
+
+    rows = [(step, {"eval/return": 1.0}) for step in (0, 10, 1000)]
+    runs = [make_run(tmp_path / f"{i}", rows, algo={"gamma": g, "tau": 1}) for i, g in enumerate((0.9, 0.9, 0.5))]
+    runs.append(make_run(tmp_path / "cut", rows[:2], algo={"gamma": 0.9, "tau": 1}))
+    (tmp_path / "cut" / "failed.json").write_text("{}")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = plot(runs, tmp_path / "curve.svg").read_text()
+        alone = plot(runs[3:], tmp_path / "alone.svg").read_text()
+    for part in ("ppo gamma=0.9 (mean and range of 2 runs)", "ppo gamma=0.5 (1 run)", "(1 stopped run left out)"):
+        assert part in text
+    assert "tau" not in text and "ppo (1 run)" in alone
 
 
 def test_without_evaluations_the_return_of_training_is_drawn(tmp_path):

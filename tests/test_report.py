@@ -84,7 +84,7 @@ def test_a_report_says_what_was_run_and_how_it_stands(tmp_path):
     text = (folder / "report.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| ppo | `probe/lqr`"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[2:7] == ["1,000", "3", "710.0", "10.0", "710.0"]
+    assert cells[2:7] == ["1,000", "3", "710", "10", "710"]
     assert cells[8:12] == ["500 ± 50", "2k", "high", "**better**, at 1k of 2k steps"]
     assert "**not comparable**, 1 of 3 runs met a NaN" in text and "seed 1, stopped: loss is nan" in text
     for part in (

@@ -83,7 +83,7 @@ def test_summary_by_hand():
     # Deviations of the tasks over runs: sqrt(2) and sqrt(8)
     result = summary([[1.0, 10.0], [3.0, 14.0]])
     assert result.mean == 7.0
-    assert result.std == pytest.approx(1.5 * np.sqrt(2))
+    assert result.sd == pytest.approx(1.5 * np.sqrt(2))
     assert result.iqm == 6.5  # 3 and 10
     assert (result.low, result.high) == stratified_bootstrap_interval([[1.0, 10.0], [3.0, 14.0]])
 

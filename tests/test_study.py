@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from rlx.algorithm import Algorithm
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass  # not frozen, so without a hash
 class Config:
     breaks_above: float = 2.0
     rate: float = 0.01
@@ -149,6 +149,13 @@ def test_nothing_that_is_finished_is_repeated(done, monkeypatch, capsys):
     monkeypatch.setattr(training, "train_many", None)  # called, it would be an error
     assert reproduce() == status == 1
     assert "report:" in capsys.readouterr().out and metrics(folder) == before
+
+
+def test_a_study_s_runs_are_evaluated(done, capsys):
+    folder, _, _ = done
+    place = folder / "runs/tiny/small/steady/probe-lqr"
+    assert cli.main(["evaluate", str(place), "--episodes", "2"]) == 0
+    assert capsys.readouterr().out.count("2 episodes") == 2
 
 
 def test_the_report_is_written_again_without_jax(done):
@@ -301,6 +308,12 @@ def test_settings_that_cannot_work_are_refused_before_anything_runs(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert reproduce() == 2
     assert message in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_an_engine_that_there_is_not_is_refused(done, monkeypatch, capsys):
+    monkeypatch.chdir(done[0])
+    assert reproduce("--physics", "mojuco") == 2
+    assert "Did you mean mujoco" in capsys.readouterr().err
 
 
 def test_a_study_without_evaluations_is_refused(tmp_path, monkeypatch, capsys):

@@ -111,10 +111,12 @@ def test_the_picked_is_judged_on_seeds_that_did_not_pick_it():
     assert math.isnan(rows[1].low)  # two seeds make no interval
     (row,) = judge({"a": {seed: float(seed) for seed in range(8)}}, range(8))
     assert 4.0 <= row.low < row.judging < row.high <= 7.0
-    shown = table(rows, [0, 1, 2, 3])
+    space = {"lucky": {"algo.gamma": 0.990001}, "good": {"algo.gamma": 0.9}}
+    shown = table(rows, [0, 1, 2, 3], space)
     assert "seeds 0 to 1, judged on 2 to 3" in shown and shown.index("lucky") < shown.index("good")
+    assert [row.best for row in rows] == [9.0, 7.0] and shown.endswith("Picked: `--algo.gamma 0.990001`")
     one = judge({"a": {0: 3.0}}, [0])
-    assert one[0].picking == one[0].judging == 3.0 and "the judge is the picker" in table(one, [0])
+    assert one[0].picking == one[0].judging == 3.0 and "the judge is the picker" in table(one, [0], {"a": {}})
 
 
 def test_what_failed_is_never_picked():
@@ -125,7 +127,8 @@ def test_what_failed_is_never_picked():
     assert [(row.name, row.failed) for row in rows] == [("a", 1), ("b", 0), ("gone", 2), ("half", 1)]
     assert math.isnan(rows[0].judging) and rows[1].judging == 2.0
     rows = judge({"gone": {0: nan}, "a": {0: 5.0}}, [0])
-    assert rows[0].name == "a" and math.isnan(rows[1].picking)
+    assert rows[0].name == "a" and math.isnan(rows[1].picking) and math.isnan(rows[1].best)
+    assert "Picked:" not in table(judge({"gone": {0: nan}}, [0]), [0], {"gone": {}})
 
 
 def test_whole_numbers_drawn_again_are_left_out():
@@ -175,6 +178,13 @@ def test_the_command_trains_what_is_missing_and_reports(tmp_path, capsys, monkey
     assert sorted(path.name for path in last.iterdir() if path.name.isdigit()) == steps
     status = cli.main([*command, *space])
     assert status == 2 and "is not empty" in capsys.readouterr().err
+    Path("s/program-1/finished.json").unlink()  # as of a program that was cut in the middle
+    monkeypatch.setattr(cli.sweeps, "train_program", lambda *arguments: None)
+    assert cli.main(["resume", "s", "--quiet"]) == 1
+    shown = capsys.readouterr().out
+    assert "Not finished, so without a score: program-1." in shown
+    cut = [line for line in shown.splitlines() if "num_epochs=2" in line]
+    assert len(cut) == 2 and all("| nan | nan |  | nan | 2 |" in line for line in cut)
     assert cli.main(["evaluate", run, "--episodes", "2"]) == 0
     assert cli.main(["evaluate", "s"]) == 2
     assert "name one of the folders of runs in it: program-0, program-1" in capsys.readouterr().err
@@ -235,6 +245,9 @@ def test_a_sweep_that_cannot_be_read_is_said(tmp_path, capsys, text, message):
         (["--grid", "num_envs=8,9", "--algo.num-minibatches", "7"], "algo.num_minibatches = 7"),
         (["--random", "algo.gamma=0.9:0.99", "--num-evals", "0"], "num_evals = 0"),
         (["--grid", "num_evals=1,0"], "num_evals = 0"),
+        (["--grid", "algo.gamma=0.9", "--grid", "algo.gamma=0.99"], "each key once, with all its values"),
+        (["--grid", "algo.gamma=0.9,0.99", "--samples", "3"], "--samples = 3"),
+        (["--grid", "algo.gamma=0.9,0.99", "--runs-per-program", "0"], "--runs-per-program = 0"),
         (["--grid", "algo.gamma=0.9,0.99", "--wandb", "project"], "--wandb"),
         (["--grid", "algo.gamma=0.9,0.99", "--overwrite"], "--overwrite"),
     ],
@@ -245,3 +258,18 @@ def test_what_cannot_be_swept_is_said_before_anything_compiles(space, message, t
     assert cli.main(["sweep", "ppo", "gymnax/Pendulum-v1", "--run-dir", "s", *sizes, *space]) == 2
     assert message in capsys.readouterr().err
     assert not Path("s").exists()
+
+
+def test_the_runs_of_a_program_can_be_limited_and_its_devices_changed(tmp_path, capsys, monkeypatch):
+    """Nothing is trained: what would be is noted."""
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    monkeypatch.setattr(cli.sweeps, "train_program", lambda place, env, algorithm, runs, *rest: trained.append(runs))
+    command = ["sweep", "ppo", "gymnax/Pendulum-v1", "--run-dir", "s", *SIZES, "--quiet"]
+    command += ["--grid", "algo.gamma=0.9,0.99", "--num-seeds", "3"]
+    assert cli.main([*command, "--runs-per-program", "4"]) == 1
+    assert [len(runs) for runs in trained] == [4, 2]
+    assert list(trained[1]) == ["gamma=0.99,seed=1", "gamma=0.99,seed=2"]
+    trained.clear()
+    assert cli.main(["resume", "s", "--quiet", "--num-devices", "1"]) == 1
+    assert {train.num_devices for runs in trained for train, _ in runs.values()} == {1}

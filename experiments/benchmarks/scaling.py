@@ -68,7 +68,7 @@ def sent(collective: dict[str, Any], devices: int) -> tuple[float, int]:
     """Bytes that a device sends in one iteration, and in how many hops one after another."""
     others = devices - 1
     factors = {"all-reduce": 2 * others / devices, "all-gather": others / devices, "all-to-all": others / devices}
-    factors |= {"reduce-scatter": others, "collective-permute": 1}
+    factors |= {"ragged-all-to-all": others / devices, "reduce-scatter": others, "collective-permute": 1}
     hops = {"all-reduce": 2 * others, "collective-permute": 1}.get(collective["kind"], others)
     return factors[collective["kind"]] * collective["bytes"] * collective["times"], hops * collective["times"]
 

@@ -52,8 +52,15 @@ def evaluate(arguments: list[str]) -> int:
             from rlx.schedule import make_schedule, one_device
             from rlx.training import build_algorithm, load_policy
 
-        @functools.cache  # runs of one program may differ in their settings
+        players: dict[str, Any] = {}  # runs of one program may differ in their settings
+
         def player(config: Any) -> Any:
+            key = repr(config)  # a user's Config need not be hashable
+            if key not in players:
+                players[key] = compiled_player(config)
+            return players[key]
+
+        def compiled_player(config: Any) -> Any:
             decisions = options.decisions or run.train_config.eval_decisions
             plan = make_schedule(run.env, one_device(run.train_config)).plan
             algorithm = build_algorithm(run.module, config, run.env, plan)

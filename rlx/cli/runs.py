@@ -27,8 +27,8 @@ from rlx.cli.pairs import (
 )
 from rlx.cli.programs import spread_over_cpu
 from rlx.cli.sweeps import go_on, is_sweep
-from rlx.errors import require
-from rlx.logging import Progress, RunDirectory, run_directories, versions
+from rlx.errors import UserError, require
+from rlx.logging import Progress, RunDirectory, run_directories
 
 TRAIN_HELP = """\
 usage: rlx train ALGORITHM ENV [--total-steps N] [--num-envs N] [--seed S] [--num-seeds K] [--run-dir DIR]
@@ -47,7 +47,7 @@ def train(arguments: list[str]) -> int:
         return 0 if wants_help else 2
     quiet = wants_help or "--quiet" in arguments
     pair = find_pair(*arguments[:2])
-    if any(word.startswith("--num-seeds") for word in arguments):
+    if any(word.replace("_", "-").startswith("--num-seeds") for word in arguments):
         spread_over_cpu()  # before a file of the user's begins JAX, here as in `resume`
     with Progress(quiet=quiet) as shown:
         with shown.phase("importing"):
@@ -127,10 +127,11 @@ def resume(arguments: list[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
     options = parser.parse_args(arguments)
     if is_sweep(options.run_dir):
-        require(options.num_devices is None, "--num-devices", options.num_devices, "nothing: a sweep keeps its own")
         with Progress(quiet=options.quiet) as shown:
-            return go_on(Path(options.run_dir).absolute(), shown)
+            return go_on(Path(options.run_dir).absolute(), shown, options.num_devices)
     members = run_directories(options.run_dir)
+    if len(members) > 1 and not all((path / "config.json").is_file() for path in members):
+        raise UserError(f"the runs in {options.run_dir!r} were not all begun: train them again, with --overwrite.")
     recorded = RunDirectory.open(members[0]).config
     if len(members) > 1:
         spread_over_cpu()
@@ -144,10 +145,6 @@ def resume(arguments: list[str]) -> int:
             policy = start_policy(recorded.get("from") if empty else None, run.pair.physics)
             files = [(entry["path"], entry["share"]) for entry in recorded.get("data", ())]
             data = load_data(files, run.pair, run.env, options.quiet)
-        now = versions()
-        other = [f"{k} {was} then, {now.get(k, 'missing')} now" for k, was in recorded["versions"].items()]
-        other = [text for text, (k, was) in zip(other, recorded["versions"].items(), strict=True) if now.get(k) != was]
-        say(options.quiet or not other, f"versions differ, so results may in their last digits: {'; '.join(other)}")
         keywords: dict[str, Any] = {"init_policy": policy, "progress": shown, "resume": True, "data": data}
         own = describe(run.pair)
         folder = Path(options.run_dir).absolute()

@@ -18,18 +18,17 @@ from rlx import settings
 from rlx.cli.pairs import (
     Pair,
     describe,
+    envs_package,
     find_pair,
     load_algorithm,
     load_env,
     recorded_pair,
     say,
-    warn_of_changes,
     with_overrides,
 )
 from rlx.cli.programs import failures, finished, spread_over_cpu, train_program
-from rlx.errors import UserError, require
+from rlx.errors import UserError, require, unknown
 from rlx.logging import RUNS, Progress, RunDirectory, run_directories
-from rlx.machine import commit
 from rlx.study import Program, load, programs, run_name, select
 
 if TYPE_CHECKING:
@@ -65,6 +64,7 @@ def reproduce(arguments: list[str]) -> int:
     parser.add_argument("--report", type=Path, metavar="DIR", help="where the report goes, beside OUT/report")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     parser.add_argument("--only", nargs="+", default=[], metavar="ENV", help="run these environments alone")
+    parser.add_argument("--physics", default="auto", help="engine of the programs that are begun: mjx, warp, mujoco")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors, verdicts and the result")
     words = parser.parse_args(arguments)
     study, folder = load(words.study)
@@ -72,6 +72,9 @@ def reproduce(arguments: list[str]) -> int:
     every = programs(study, size, folder)
     chosen = select(every, words.only)
     pairs = {program.title: find_pair(program.algorithm, program.env_reference) for program in every}
+    if words.physics not in envs_package().PHYSICS:
+        raise unknown("physics", words.physics, envs_package().PHYSICS)
+    pairs = {title: pair._replace(physics=words.physics) for title, pair in pairs.items()}
     out = (words.out or Path("runs") / study.name / size).absolute()
     name = study.name if Path(words.study).is_absolute() else words.study
     command = shlex.join(["rlx", "reproduce", name, "--size", size])
@@ -94,7 +97,7 @@ def reproduce(arguments: list[str]) -> int:
     else:
         planned = plan([(program, pairs[program.title]) for program in every], chosen, out, words.quiet)
         say(words.quiet, f"{len(planned)} programs, {sum(one.finished for one in planned)} of them finished, in {out}")
-        record = {"command": command, "study": {"name": study.name, "size": size}, "commit": commit()}
+        record = {"command": command, "study": {"name": study.name, "size": size}}
         write_report()  # what cannot be written fails here, not after hours
         status = run_all(planned, record, words.quiet, write_report, shlex.join(["rlx", "reproduce", *arguments]))
     print(f"report: {targets[-1] / 'report.md'}")
@@ -202,7 +205,9 @@ def run_program(one: Planned, record: Mapping[str, Any], quiet: bool, stop: Stop
     begun = [path for path in run_directories(one.place) if (path / "config.json").is_file()] if one.begun else []
     if begun:
         before = recorded_pair(RunDirectory.open(begun[0]).config)
-        warn_of_changes(before)
+        require(
+            pair.physics in ("auto", before.physics), "--physics", pair.physics, f"{before.physics}, as it was begun"
+        )
         pair = pair._replace(physics=before.physics)  # "auto" may be another engine here
     env = load_env(pair)
     pair = pair._replace(physics=env.spec.physics or pair.physics)

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ def sweep(arguments: list[str]) -> int:
     parser.add_argument("env", metavar="ENV")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V", help="every one of these values")
     parser.add_argument("--random", action="append", default=[], metavar="KEY=LOW:HIGH", help="KEY=log:LOW:HIGH too")
-    parser.add_argument("--samples", type=int, default=8, help="random draws for each point of the grid (8)")
+    parser.add_argument("--samples", type=int, help="random draws for each point of the grid (8)")
     parser.add_argument("--space", metavar="FILE", help="TOML or JSON with tables [grid] and [random]")
+    parser.add_argument("--runs-per-program", type=int, metavar="N", help="at most so many at once (all that can be)")
     words, rest = parser.parse_known_args(arguments)
     pair = find_pair(words.algorithm, words.env)
     spread_over_cpu()
@@ -63,14 +65,18 @@ def sweep(arguments: list[str]) -> int:
         for flag, value in {**refused, "data": options.data}.items():
             require(not value, f"--{flag}", value, "a sweep does not take it")
         grid, random = sweeping.read_space(words.space) if words.space else ({}, {})
-        grid |= map(sweeping.read_grid, words.grid)
-        random |= map(sweeping.read_random, words.random)
+        grid |= once("--grid", map(sweeping.read_grid, words.grid))
+        random |= once("--random", map(sweeping.read_random, words.random))
+        require(bool(random) or words.samples is None, "--samples", words.samples, "nothing without --random")
+        limit = words.runs_per_program
+        require(limit is None or limit >= 1, "--runs-per-program", limit, "at least 1")
         whole = {**settings.hints(TrainConfig), **hints_of(algorithm)}
         random = {  # 0:1 of a field of floats means 0.0 to 1.0
             key: kind._replace(low=float(kind.low), high=float(kind.high)) if whole.get(key) is float else kind
             for key, kind in random.items()
         }
-        space = sweeping.Space(grid, random, words.samples, merged["seed"].value)
+        samples = 8 if words.samples is None else words.samples
+        space = sweeping.Space(grid, random, samples, merged["seed"].value)
         found = sweeping.combinations(space)
         seeds = list(range(space.seed, space.seed + options.num_seeds))
         content = {
@@ -78,7 +84,7 @@ def sweep(arguments: list[str]) -> int:
             "versions": versions(),
             "command": shlex.join(["rlx", "sweep", *arguments]),
             "seeds": seeds,
-            **plan(pair._replace(physics=options.physics), algorithm, merged, found, seeds),
+            **plan(pair._replace(physics=options.physics), algorithm, merged, found, seeds, limit),
         }
         folder = Path(options.run_dir or default_run_dir(pair, space.seed)).absolute()
         RunDirectory.check_free(folder)
@@ -91,10 +97,27 @@ def sweep(arguments: list[str]) -> int:
         return go_on(folder, shown)
 
 
+def once(flag: str, given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises UserError for a key that is given twice."""
+    found: dict[str, Any] = {}
+    for key, values in given:
+        require(key not in found, flag, key, "each key once, with all its values")
+        found[key] = values
+    return found
+
+
 def plan(
-    pair: Pair, algorithm: Any, merged: Mapping[str, Any], found: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+    pair: Pair,
+    algorithm: Any,
+    merged: Mapping[str, Any],
+    found: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int],
+    limit: int | None = None,
 ) -> dict[str, Any]:
-    """Programs and their runs, as sweep.json holds them. Raises UserError for settings that there are not."""
+    """Programs and their runs, at most `limit` in each, as sweep.json holds them.
+
+    Raises UserError for settings that there are not.
+    """
     from rlx import sweep as sweeping
     from rlx.schedule import TrainConfig
 
@@ -103,8 +126,8 @@ def plan(
     floats = {name for name, hint in hints_of(algorithm).items() if hint is float}
     names = dict(zip(map(repr, found), sweeping.names_of(list(map(dict, found))), strict=True))
     require(len(names) == len(found), "sweep", len(found), f"of these settings only {len(names)} differ")
-    programs = []
-    for index, combinations in enumerate(sweeping.programs(map(dict, found), floats)):
+    programs: list[dict[str, Any]] = []
+    for combinations in sweeping.programs(map(dict, found), floats):
         runs: dict[str, Any] = {}
         own = pair
         for combination in combinations:
@@ -115,7 +138,10 @@ def plan(
             for seed in seeds:
                 seeded = {**layered, "seed": settings.Setting(seed, "num_seeds")}
                 runs[f"{name},seed={seed}"] = settings.entries(seeded)
-        programs.append({"name": f"program-{index}", "pair": describe(own), "runs": runs})
+        items = list(runs.items())
+        for start in range(0, len(items), limit or len(items)):
+            part = dict(items[start : start + (limit or len(items))])
+            programs.append({"name": f"program-{len(programs)}", "pair": describe(own), "runs": part})
     return {"combinations": {names[repr(c)]: c for c in found}, "programs": programs}
 
 
@@ -151,8 +177,11 @@ def check(content: Mapping[str, Any], algorithm: Any) -> None:
             build_algorithm(algorithm, config, env, make_schedule(env, train_config, len(runs)).plan)
 
 
-def go_on(folder: Path, shown: Progress) -> int:
-    """Runs what is missing of a sweep, then prints and writes its table. 130 if it was stopped."""
+def go_on(folder: Path, shown: Progress, num_devices: int | None = None) -> int:
+    """Runs what is missing of a sweep, on other devices if told, then prints and writes its table.
+
+    130 if it was stopped.
+    """
     from rlx.recording import StopSignal
 
     try:
@@ -171,6 +200,8 @@ def go_on(folder: Path, shown: Progress) -> int:
                 continue
             say(shown.quiet, f"{program['name']}: {len(program['runs'])} runs")
             pair, runs = of_program(program, algorithm)
+            if num_devices is not None:
+                runs = {k: (dataclasses.replace(t, num_devices=num_devices), c) for k, (t, c) in runs.items()}
             warn_of_changes(pair)
             record = {**describe(pair), "command": content["command"]}
             records = {name: {**record, "settings": program["runs"][name]} for name in runs}
@@ -186,17 +217,20 @@ def go_on(folder: Path, shown: Progress) -> int:
 
 
 def report(folder: Path, content: Mapping[str, Any]) -> None:
-    """The table of a sweep on stdout and in report.md."""
+    """The table of a sweep on stdout and in report.md. Runs of programs that are not finished have no score."""
     from rlx.sweep import judge, table
 
     scores: dict[str, dict[int, float]] = {}
     for program in content["programs"]:
+        cut = not finished(folder / program["name"])
         for name, run in program["runs"].items():
             place = folder / program["name"] / name
-            missing = (place / FAILED).exists() or not (place / "metrics.jsonl").exists()
+            missing = cut or (place / FAILED).exists() or not (place / "metrics.jsonl").exists()
             rows = [] if missing else read_metrics(place / "metrics.jsonl")
             last = rows[-1].get("eval/return", math.nan) if rows else math.nan
             scores.setdefault(name.rpartition(",seed=")[0], {})[run["seed"]["value"]] = last
-    text = table(judge(scores, content["seeds"]), content["seeds"])
+    text = table(judge(scores, content["seeds"]), content["seeds"], content["combinations"])
+    open_ones = [program["name"] for program in content["programs"] if not finished(folder / program["name"])]
+    text += f"\n\nNot finished, so without a score: {', '.join(open_ones)}." if open_ones else ""
     write_atomically(folder / "report.md", text + "\n")
     print(text)
