@@ -36,7 +36,7 @@ class Programs(NamedTuple):
 
 def compile_run(
     env: Environment,
-    make: Callable[[Mapping[str, jax.Array]], Algorithm],
+    make: Callable[..., Algorithm],
     schedule: Schedule,
     config: TrainConfig,
     key: Key,

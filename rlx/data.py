@@ -79,8 +79,8 @@ def read(files: Sequence[tuple[str | Path, float | None]], env: Environment) -> 
     require(sum(sizes) + episodes[-1] < 2**31, "data", sum(sizes), "fewer than 2^31 observations")
     parts = [part._replace(episode_ids=part.episode_ids + n) for part, n in zip(parts, episodes.tolist(), strict=False)]
     whole = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    files_of = {"sizes": sizes, "shares": shares}
-    return Data(whole, partial(make_source, **files_of), partial(draw, **files_of), records)
+    source, drawn = partial(make_source, sizes=sizes, shares=shares), partial(draw, sizes=sizes, shares=shares)
+    return Data(whole, source, drawn, records)
 
 
 def as_arrays(columns: Mapping[str, np.ndarray], spec: Spec) -> Arrays:

@@ -6,7 +6,6 @@ A learner's Config has the fields that `check` and `Experience` name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -111,8 +110,8 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
         parts = [replay.sample(experience.rows, iteration, online_key, online, config.n_step, config.gamma)]
         if config.data_batch:
             assert data is not None, "data_batch without a data set"
-            draws = partial(data, size=config.data_batch // replay.num_groups, n_step=config.n_step, gamma=config.gamma)
-            parts.append(jax.vmap(draws)(jax.random.split(data_key, replay.num_groups)))
+            size, of_groups = config.data_batch // replay.num_groups, jax.random.split(data_key, replay.num_groups)
+            parts.append(jax.vmap(lambda key: data(key, size, config.n_step, config.gamma))(of_groups))
         batch = mix(parts)
         obs, next_obs = (observe(experience.statistics, x) for x in (batch.obs, batch.next_obs))
         return batch._replace(obs=obs, next_obs=next_obs, reward=batch.reward * config.reward_scale)
