@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def color_of(study: Study, variant: str) -> str:
     return f"C{list(study.algorithms).index(variant) % 10}"
 
 
-def draw_curves(results: Sequence[Result], study: Study) -> Figure:
+def draw_curves(results: Sequence[Result], study: Study, against: Literal["steps", "minutes"] = "steps") -> Figure:
     """A panel an environment: IQM over seeds with its 95 % interval, and the reference as a horizontal band."""
     finished = [result for result in results if result.state == "finished"]
     envs = list(dict.fromkeys(result.program.env for result in finished))
@@ -61,17 +61,18 @@ def draw_curves(results: Sequence[Result], study: Study) -> Figure:
     for env, panel in zip(envs, panels, strict=False):
         for result in finished:
             if result.program.env == env:
-                lines |= _draw_curve(panel, result, study)
+                lines |= _draw_curve(panel, result, study, against)
         panel.set_title(env.partition("/")[2] or env, fontsize=9)
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
-    figure.supxlabel("environment steps, millions", fontsize=9)
+    label = {"steps": "environment steps, millions", "minutes": "minutes of training, all seeds at once"}[against]
+    figure.supxlabel(label, fontsize=9)
     figure.supylabel("mean return of an evaluation episode", fontsize=9)
     figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=4, fontsize=9, frameon=False)
     return figure
 
 
-def _draw_curve(panel: Any, result: Result, study: Study) -> dict[str, Any]:
+def _draw_curve(panel: Any, result: Result, study: Study, against: str) -> dict[str, Any]:
     """Returns what the legend shows: name -> line."""
     name, env = result.program.variant, result.program.env
     color, shown = color_of(study, name), {}
@@ -79,13 +80,14 @@ def _draw_curve(panel: Any, result: Result, study: Study) -> dict[str, Any]:
     points = [dict(zip(run.steps, run.returns, strict=True)) for run in runs]
     common = sorted(set.intersection(*map(set, points))) if runs else []  # evaluations of one may not be finite
     if common:
-        steps = np.array(common) / MILLION
+        minutes = dict(zip(runs[0].steps, runs[0].minutes, strict=True)) if against == "minutes" else {}
+        at = np.array([minutes[step] for step in common]) if minutes else np.array(common) / MILLION
         values = np.array([[of_run[step] for step in common] for of_run in points])
         middle = values[0]
         if len(values) > 1:
             middle, low, high = iqm_band(values)
-            panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-        (shown[f"{name}: IQM, 95 % interval"],) = panel.plot(steps, middle, color=color, linewidth=1.3)
+            panel.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+        (shown[f"{name}: IQM, 95 % interval"],) = panel.plot(at, middle, color=color, linewidth=1.3)
     reference = study.references.get((name, env))
     if reference:
         task = study.environments[env]

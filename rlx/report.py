@@ -59,6 +59,8 @@ def drawings(found: Findings) -> dict[str, Figure]:
     figures = {}
     if found.any_scores:
         figures["curves.png"] = draw_curves(found.results, found.study)
+        if len(found.study.algorithms) > 1:
+            figures["minutes.png"] = draw_curves(found.results, found.study, "minutes")
         figures["scores.png"] = draw_scores(found.results, found.scores, found.study)
     if found.together:
         figures["profile.png"] = draw_profile(found.results, found.study, found.environments)
@@ -81,8 +83,10 @@ def document(found: Findings) -> list[Block]:
         for run in result.failed:
             blocks.append(Paragraph(f"{result.program.title}, seed {run.seed}, stopped: {run.error}"))
     if found.any_scores:
+        several = [Picture("minutes.png", "The same against minutes of training")] if len(study.algorithms) > 1 else []
         blocks += [
             Picture("curves.png", "Learning curves of each environment beside the reference"),
+            *several,
             Picture("scores.png", "Final scores of each environment beside the reference"),
         ]
     blocks += _together(found)

@@ -29,6 +29,7 @@ class RunResult(NamedTuple):
     steps: tuple[int, ...]  # of its evaluations
     returns: tuple[float, ...]
     error: str  # of a NaN or an infinity; empty where it finished
+    minutes: tuple[float, ...] = ()  # of training before each evaluation, of all runs of the program together
 
     @property
     def score(self) -> float:
@@ -85,12 +86,14 @@ def read(program: Program, out: Path) -> Result:
         rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
         every = [row for row in rows if "eval/return" in row]
         evaluated = [row for row in every if math.isfinite(row["eval/return"])]
+        clock = dict(zip((row["step"] for row in rows), clock_of(rows), strict=True))
+        minutes = tuple(clock[row["step"]] for row in evaluated)
         steps, returns = (tuple(row[key] for row in evaluated) for key in ("step", "eval/return"))
         failure = folder / FAILED
         error = json.loads(failure.read_text())["error"] if failure.is_file() else ""
         if every and every[-1] not in evaluated:
             error = error or "its last evaluation is not finite"
-        runs.append(RunResult(seed, tuple(int(step) for step in steps), returns, error))
+        runs.append(RunResult(seed, tuple(int(step) for step in steps), returns, error, minutes))
         clocks.append(minutes_of(rows))
         rates += [row["time/steps_per_second"] for row in rows if "time/steps_per_second" in row]
     rate = float(np.median(rates)) * len(runs) if rates else math.nan
@@ -98,15 +101,23 @@ def read(program: Program, out: Path) -> Result:
     return Result(program, state, tuple(runs), recorded, max(clocks, default=0.0), rate)
 
 
-def minutes_of(rows: Iterable[Mapping[str, float]]) -> float:
-    """Minutes of training of a run; its clock starts anew where it was resumed, as does what it says of compiling."""
+def clock_of(rows: Iterable[Mapping[str, float]]) -> list[float]:
+    """Minutes of training up to each row of a run, whose own clock starts anew where it was resumed, as does what it
+    says of compiling."""
+    found = []
     total = last = 0.0
     for row in rows:
         now = row.get("time/elapsed", 0.0)
         if "time/compiling" in row or now < last:
             total, last = total + last, 0.0
         last = max(last, now)
-    return (total + last) / 60
+        found.append((total + last) / 60)
+    return found
+
+
+def minutes_of(rows: Iterable[Mapping[str, float]]) -> float:
+    """Minutes of training of a run."""
+    return max(clock_of(rows), default=0.0)
 
 
 def statistics(result: Result) -> Summary:

@@ -151,7 +151,8 @@ def test_the_same_runs_give_the_same_bytes_and_neither_host_nor_path(tmp_path):
     record_all(tmp_path, study)
     first, second = report(tmp_path, study, "one"), report(tmp_path, study, "two")
     names = sorted(path.name for path in first.iterdir())
-    assert names == ["curves.png", "profile.png", "report.html", "report.md", "results.json", "scores.png"]
+    pictures = ["curves.png", "minutes.png", "profile.png"]
+    assert names == [*pictures, "report.html", "report.md", "results.json", "scores.png"]
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     for name in ("report.html", "report.md", "results.json"):

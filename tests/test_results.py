@@ -168,3 +168,9 @@ def test_runs_of_other_seeds_than_the_study_has_now_are_refused(tmp_path):
     record(tmp_path, programs_of(make_study(2))[0], [500.0, 500.0])
     with pytest.raises(UserError, match="runs of ppo on probe/lqr = .* holds .'seed-0', 'seed-1'.; name another --out"):
         read(programs_of(make_study(3))[0], tmp_path)
+
+
+def test_evaluations_know_their_minutes(tmp_path):
+    first = programs_of(make_study(2))[0]
+    record(tmp_path, first, [1.0, 2.0])
+    assert read(first, tmp_path).runs[1].minutes == (0.0, 1.0, 2.0, 3.0, 4.0)
