@@ -166,7 +166,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     study = make_study(3, ("a", "b"))
     record_all(tmp_path, study)
     found = Page((report(tmp_path, study) / "report.html").read_text())
-    assert len(found.sources) == 3 and all(source.startswith("data:image/png;base64,") for source in found.sources)
+    assert len(found.sources) == 4 and all(source.startswith("data:image/png;base64,") for source in found.sources)
     assert not found.tags & {"script", "link", "iframe"}
 
 
