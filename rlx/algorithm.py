@@ -65,6 +65,6 @@ class Data(NamedTuple):
     """
 
     arrays: PyTree  # of numpy arrays
-    source: Callable[[PyTree, Plan, Mesh | None], Source]  # of those arrays, traced, for the sizes of a run
-    draw: Callable[..., Any]  # (arrays, key, size, n_step, gamma) -> rlx.replay.Batch, for who learns from both
+    source: Callable[[PyTree, Plan, Mesh | None], Source] | None  # of those arrays, traced; None beside environments
+    draw: Callable[..., Any]  # (arrays, key, size, n_step, gamma) -> rlx.replay.Batch
     record: Sequence[Mapping[str, Any]]  # for config.json: a file each, with its path, sha256 and share

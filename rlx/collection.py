@@ -45,10 +45,9 @@ def random_policy(spec: Spec) -> Algorithm:
         keys = jax.random.split(key, jax.tree.leaves(obs)[0].shape[0])
         return memory, jax.vmap(lambda key: random_action(spec, key))(keys), ()
 
-    def refuse(*arguments: Any) -> Any:
-        raise NotImplementedError("a random policy does not learn")
-
-    return Algorithm(refuse, refuse, lambda key: (), act, refuse)
+    return Algorithm(
+        lambda key, policy=None: (), lambda state, mode: (), lambda key: (), act, lambda state, *_: (state, {})
+    )
 
 
 def split_steps(total: int, shares: Sequence[float]) -> list[int]:

@@ -44,13 +44,12 @@ def compile_run(
     policy: Policy | None,
     progress: Progress,
     data: Data | None = None,
-    mixes: bool = False,
 ) -> Programs:
     """Everything a run needs, compiled ahead of the first step; many runs, if there are many keys.
 
     `make` gives the algorithm for its `varied` settings, () each. With `key` [K] those are [K], and all leaves of the
     state and of what it gives are [K, ...], but for the iteration. `policy` is what `init` may start from. With `data`
-    the environment is there for evaluations alone, unless the algorithm `mixes` both: `make` then takes `data=`.
+    the environment is there for evaluations alone, unless they have no source; `make` gets the draws.
     """
     check_environment(env)
     many = key.ndim > 0
@@ -58,12 +57,12 @@ def compile_run(
     arrays = data.arrays if data else ()
 
     def source(arrays: PyTree) -> Source:
-        if data and not mixes:
+        if data and data.source:
             return data.source(arrays, schedule.plan, mesh)
         return make_source(env, schedule.plan, config.reset, config.reset_pool_size, config.stagger, mesh)
 
     def learner(varied: Any, arrays: PyTree) -> Algorithm:
-        return make(varied, data=partial(data.draw, arrays)) if data and mixes else make(varied)
+        return make(varied, partial(data.draw, arrays) if data else None)
 
     def init(key: Key, varied: Any, policy: Policy | None, arrays: PyTree) -> TrainState:
         state = init_state(learner(varied, arrays), source(arrays), key, policy)
@@ -73,7 +72,7 @@ def compile_run(
         return make_epoch(learner(varied, arrays), source(arrays), schedule.plan, schedule.iterations_per_epoch)(state)
 
     def evaluate(state: TrainState, varied: Any) -> tuple[EvalResult, Policy]:
-        algorithm = make(varied)
+        algorithm = make(varied, None)
         policy = algorithm.policy(state.learner, "greedy")
         play = make_evaluate(env, algorithm, config.eval_episodes, "greedy", config.eval_decisions, mesh)
         _, _, _, eval_key = jax.random.split(state.key, 4)

@@ -2,8 +2,9 @@
 
 A trajectory [T, B] is B runs of T consecutive steps, each begun at a step drawn uniformly, so that every step comes
 equally often: with `unroll_length` 1 these are independent transitions. It reads as that of an environment that resets
-itself (an episode's end is followed by the next one's start, the last by the first of its file), so n-step returns,
-segments and recurrent memory mean what they mean there. Of several files each run is in one, drawn by their shares.
+itself (an episode's end is followed by the next one's start, the last by the first of its file) and whose time limit
+falls on the end of every trajectory: what follows begins elsewhere. So n-step returns, segments and recurrent memory
+mean what they mean there. Of several files each run is in one, drawn by their shares.
 
 All draws come from the iteration's key: the reader has no state, and a resumed run goes on bit for bit. `step` counts
 the transitions consumed (times the inner steps a decision takes, as everywhere).
@@ -140,6 +141,8 @@ def make_source(arrays: Arrays, plan: Plan, mesh: Mesh | None, sizes: Sequence[i
         rows = runs_of_steps(key, plan.num_envs, plan.unroll_length, sizes, shares)
         batch = take(rows, arrays)  # [B, T, ...]
         trajectory = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batch)
+        cut = trajectory.truncated.at[-1].set(~trajectory.terminated[-1])  # the next trajectory begins elsewhere
+        trajectory = trajectory._replace(truncated=cut)
         zero = jnp.zeros((), jnp.float32)
         return state, trajectory, EpisodeStats(zero, zero, zero, {}, {})
 

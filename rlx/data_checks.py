@@ -76,7 +76,8 @@ def check_shapes(columns: Mapping[str, np.ndarray], spec: Spec, steps: int, epis
     }
     action = spec.action
     allowed["actions"] = [((steps, *action.shape), np.float32) if isinstance(action, Box) else ((steps,), np.int32)]
-    allowed["rewards"] = [((steps,), np.float32), ((steps, spec.num_agents), np.float32)]
+    allowed["rewards"] = [((steps,), np.float32)]
+    allowed["rewards"] += [((steps, spec.num_agents), np.float32)] if spec.num_agents > 1 else []
     allowed |= dict.fromkeys(("terminations", "truncations"), [((steps,), np.bool_)])
     for name, kinds in allowed.items():
         found = columns[name]

@@ -62,6 +62,8 @@ def report(
     takes = f"{mib(needed.state - read)} of state{f', {mib(read)} of data' if read else ''} and "
     takes += f"{mib(needed.temporaries)} of temporaries"
     progress.message(f"{where}: {what}, {takes}{of}")
+    copies = 2 if jax.default_backend() == "cpu" else 1  # a checkpoint begins with a copy of the state on the host
+    needed = needed._replace(temporaries=max(needed.temporaries, (copies - 1) * (needed.state - read)))
     if free and needed.total > free:
         share = max(schedule.num_devices, 1)
         # Parameters, the pool, what the learner keeps of the past: whatever the environments.
@@ -70,7 +72,9 @@ def report(
         power = 2 ** int(math.log2(fit)) if fit >= plan.num_devices else 0
         advice = [f"about num_envs = {power}"] if power else ["fewer environments, shorter unrolls, smaller networks"]
         kept = bytes_per_env(state.learner) // share
-        advice += [f"less experience in the learner, where it takes {mib(kept)}"] if kept else []
+        if kept:
+            room = max(0.0, (free - (needed.total - copies * kept)) / (copies * kept))
+            advice += [f"{min(room, 1.0):.0%} of the experience in the learner, which takes {mib(kept)}"]
         advice += ["fewer runs in one program"] if num_runs > schedule.num_run_devices else []
         advice += ["more of the devices (num_devices)"] if unused else []
         advice += ["less data"] if read else []

@@ -122,7 +122,10 @@ def unstack(tree: PyTree, count: int) -> list[PyTree]:
 
 
 def of_each(state: Any) -> list[Any]:
-    """The runs of a TrainState that holds many, as if each were alone; where one was stopped, as it was then."""
+    """The runs of a TrainState that holds many, as if each were alone; where one was stopped, as it was then.
+
+    But for what its learner keeps of the past, which went on (`rlx.epoch.stop_nonfinite`).
+    """
     stopped = state.stopped.tolist()
     kept = unstack((state.learner, state.source, state.key), len(stopped))
     iterations = [int(state.iteration) if at < 0 else at for at in stopped]

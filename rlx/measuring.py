@@ -31,7 +31,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rlx import settings
 from rlx.algorithm import Algorithm, Plan
-from rlx.environment import Environment, random_action
+from rlx.collection import random_policy
+from rlx.environment import Environment
 from rlx.epoch import init_state, make_epoch
 from rlx.rollout import make_source
 from rlx.schedule import TrainConfig, make_schedule, one_device
@@ -57,19 +58,10 @@ class Target(NamedTuple):
     imports: tuple[str, ...] = ()  # modules that `build` loads: their import is no part of building
 
 
-def random_algorithm(env: Environment, num_envs: int) -> Algorithm:
-    """Acts at random and learns nothing."""
-
-    def act(policy, memory, obs, key, mode):
-        return memory, jax.vmap(lambda k: random_action(env.spec, k))(jax.random.split(key, num_envs)), ()
-
-    return Algorithm(lambda key, policy=None: (), lambda s, mode: (), lambda key: (), act, lambda s, *_: (s, {}))
-
-
 def make_algorithm(target: Target, case: Case, env: Environment, plan: Plan) -> Algorithm:
     """The algorithm of `case` for `plan`. Raises UserError for settings that cannot work."""
     if case.program == "environment":
-        return random_algorithm(env, plan.num_envs)
+        return random_policy(env.spec)
     module = target.load_algorithm()
     return build_algorithm(module, settings.build(module.Config, case.algo), env, plan)
 

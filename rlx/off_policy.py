@@ -18,7 +18,7 @@ from rlx.algorithm import Key, Plan
 from rlx.environment import random_action
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, activation, keep, select
-from rlx.replay import Batch, Draw, Replay, Rows, check_replay, make_replay, mix
+from rlx.replay import Batch, Draw, Replay, check_replay, make_replay, mix
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
 
 
@@ -55,7 +55,7 @@ def squared_error(values: jax.Array, targets: jax.Array) -> jax.Array:
 class Experience(NamedTuple):
     """What an off-policy learner holds besides its parameters."""
 
-    rows: Rows
+    rows: Any  # Rows; none where all batches come out of a data set
     statistics: normalize.RunningStatistics  # of the observations that its networks read
     random: jax.Array  # () bool: whether the next trajectory is gathered by random actions
 
@@ -81,16 +81,19 @@ class OffPolicy(NamedTuple):
 def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = None) -> OffPolicy:
     """`data`: out of which `data_batch` transitions of every batch come."""
     per_iteration = plan.num_envs * plan.unroll_length
-    updates, prefill = config.updates_per_iteration or per_iteration, config.prefill_steps // per_iteration
+    updates, gathering = config.updates_per_iteration or per_iteration, -(-config.prefill_steps // per_iteration)
     keys = (config.actor_obs_key, config.critic_obs_key)
     spec = Spec(keep(spec.obs, *keys), spec.action)
     online = config.batch_size - config.data_batch
+    gathering = gathering if online else 0
     replay: Replay = make_replay(config.replay_size, (online, config.data_batch), plan, spec, config.replay_dtype)
 
     def init(start: Explorer | None) -> Experience:
         statistics = normalize.init(spec.obs) if start is None else start.statistics
         return Experience(
-            replay.init(), statistics, jnp.asarray(config.random_prefill and prefill > 0 and start is None)
+            replay.init() if online else (),
+            statistics,
+            jnp.asarray(config.random_prefill and gathering > 0 and start is None),
         )
 
     def observe(statistics: normalize.RunningStatistics, obs: PyTree) -> PyTree:
@@ -107,7 +110,9 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
     def draw(experience: Experience, iteration: jax.Array, key: Key) -> Batch:
         """[batch_size, ...], observations as networks read them."""
         online_key, data_key = jax.random.split(key)
-        parts = [replay.sample(experience.rows, iteration, online_key, online, config.n_step, config.gamma)]
+        parts = []
+        if online:
+            parts.append(replay.sample(experience.rows, iteration, online_key, online, config.n_step, config.gamma))
         if config.data_batch:
             assert data is not None, "data_batch without a data set"
             size, of_groups = config.data_batch // replay.num_groups, jax.random.split(data_key, replay.num_groups)
@@ -134,7 +139,8 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
         chex.assert_type(trajectory.reward, jnp.float32)
         obs = keep(trajectory.obs, *keys)
         trajectory = trajectory._replace(obs=obs, next_obs=keep(trajectory.next_obs, *keys))
-        experience = experience._replace(rows=replay.insert(experience.rows, trajectory, iteration))
+        if online:
+            experience = experience._replace(rows=replay.insert(experience.rows, trajectory, iteration))
 
         def one(carry: Any, inputs: tuple[jax.Array, Key]):
             draw_key, step_key = jax.random.split(inputs[1])
@@ -148,11 +154,16 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
         def gather(carry: Any, key: Key):
             return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, carry, key)[1])
 
-        carry, metrics = jax.lax.cond(iteration >= prefill, learn, gather, carry, key)
+        carry, metrics = jax.lax.cond(iteration + 1 >= gathering, learn, gather, carry, key)
         statistics = normalize.update(experience.statistics, obs) if config.normalize_obs else experience.statistics
-        return carry, Experience(experience.rows, statistics, experience.random & (iteration + 1 < prefill)), metrics
+        return carry, Experience(experience.rows, statistics, experience.random & (iteration + 1 < gathering)), metrics
 
     return OffPolicy(init, observe, explore, update, explorer, updates)
+
+
+def uses_data(config: Any) -> str:
+    """Whether batches come out of data sets: not at all, in part ("beside" environments), or "alone"."""
+    return "" if not config.data_batch else "beside" if config.data_batch < config.batch_size else "alone"
 
 
 def adam(max_grad_norm: float | jax.Array) -> optax.GradientTransformation:
@@ -193,11 +204,14 @@ def check(config: Any, spec: Spec, plan: Plan, name: str) -> None:
         widths = getattr(config, field)
         require(all(width >= 1 for width in widths), f"algo.{field}", widths, "widths of at least 1")
     steps, allowed = plan.num_envs * plan.unroll_length, "as many gather everything that the run does: more total_steps"
-    require(config.prefill_steps // steps < plan.num_iterations, "algo.prefill_steps", config.prefill_steps, allowed)
+    enough = -(-config.prefill_steps // steps) <= plan.num_iterations
+    require(enough, "algo.prefill_steps", config.prefill_steps, allowed)
     part = config.data_batch
-    require(0 <= part < config.batch_size, "algo.data_batch", part, f"from 0 to below batch_size = {config.batch_size}")
+    require(0 <= part <= config.batch_size, "algo.data_batch", part, f"from 0 to batch_size = {config.batch_size}")
     require(config.dtype in DTYPES, "algo.dtype", config.dtype, f"one of {', '.join(DTYPES)}")
     activation(config.activation)
+    if part == config.batch_size:
+        return
     sizes = (config.batch_size - part, part)
     kept = Spec(keep(spec.obs, config.actor_obs_key, config.critic_obs_key), spec.action)
     check_replay(plan, kept, config.replay_size, sizes, config.replay_dtype)

@@ -34,6 +34,7 @@ from rlx.returns import n_step_window
 from rlx.sharding import free_memory, per_env
 from rlx.types import Discrete, PyTree, Spec, Transition
 
+ROOM = 0.9  # of the free memory that replay may take; `rlx.footprint` counts the rest once it is compiled
 OBS_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "uint8": jnp.uint8}
 
 
@@ -170,8 +171,11 @@ def check_replay(plan: Plan, spec: Spec, size: int, batch_sizes: Sequence[int], 
     require(replay.num_groups % plan.num_devices == 0, "algo.batch_size", tuple(batch_sizes), allowed)
     taken = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(replay.init)))
     free = free_memory(plan.num_devices)
-    if free is not None and taken > free * plan.num_devices:
+    copies = 2 if jax.default_backend() == "cpu" else 1  # a checkpoint begins with one on the host
+    if free is not None and copies * taken > ROOM * free * plan.num_devices:
         per_iteration = plan.num_envs * plan.unroll_length
-        fit = int(free * plan.num_devices / taken * replay.num_rows * plan.num_envs) // per_iteration * per_iteration
-        allowed = f"it takes {mib(taken / plan.num_devices)} of the {mib(free)} that are free on each device"
-        require(False, "algo.replay_size", size, f"{allowed}; the largest that fits is {fit}")
+        share = ROOM * free * plan.num_devices / (copies * taken)
+        fit = int(share * replay.num_rows * plan.num_envs) // per_iteration * per_iteration
+        which = " (and again while a checkpoint is written)" if copies > 1 else ""
+        allowed = f"it takes {mib(taken / plan.num_devices)}{which} of the {mib(free)} that are free on each device"
+        require(False, "algo.replay_size", size, f"{allowed}; of a single run about {fit} fit")

@@ -69,10 +69,10 @@ def hints(config: type) -> dict[str, Any]:
 
 
 def preset(env: str, algorithm: str) -> dict[str, Any]:
-    """Tuned settings for a pair, flat; those of the environment stand above those of its suite ("*")."""
-    found = presets()
-    suite = env.partition("/")[0]
-    return {**found.get(f"{suite}/*", {}).get(algorithm, {}), **found.get(env, {}).get(algorithm, {})}
+    """Tuned settings for a pair, flat: the environment's above its suite's ("*") above those of every environment."""
+    found, suite = presets(), env.partition("/")[0]
+    layers = (found.get(name, {}).get(algorithm, {}) for name in ("default/*", f"{suite}/*", env))
+    return {key: value for layer in layers for key, value in layer.items()}
 
 
 def defaults(train: type, algo: type) -> dict[str, Any]:

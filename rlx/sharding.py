@@ -87,6 +87,11 @@ def is_per_env(node: Any) -> bool:
     return type(node) in _PER_ENV
 
 
+def without_past(tree: PyTree) -> PyTree:
+    """`tree` with nothing in its `per_env` classes: a learner without the experience that it keeps."""
+    return jax.tree.map(lambda node: () if is_per_env(node) else node, tree, is_leaf=is_per_env)
+
+
 def bytes_per_env(tree: PyTree) -> int:
     """Of all leaves in `per_env` classes, on all devices together."""
     parts = [node for node in jax.tree.leaves(tree, is_leaf=is_per_env) if is_per_env(node)]

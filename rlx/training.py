@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +32,7 @@ from rlx.recording import (
     say_other_devices,
 )
 from rlx.schedule import Schedule, TrainConfig, make_schedule, one_device
+from rlx.sharding import without_past
 from rlx.types import PyTree
 
 
@@ -113,7 +115,7 @@ def train(
         resume: goes on from the newest whole checkpoint in `run_dir`, bit for bit as if nothing had happened.
         init_policy: another run's policy to start from.
         data: data sets to learn from (`rlx.data.read`); `env` then serves evaluations alone, but for learners whose
-            settings mix data with what they see.
+            settings mix data with what they see (`uses_data(config)` of the module).
         on_epoch: called with each row of metrics; a true answer ends the run after a save.
         progress: where phases and progress are shown; None: a display of its own on stderr.
         writers: more places for the rows of metrics; the caller closes them.
@@ -128,7 +130,7 @@ def train(
     plan = schedule.plan
     built = build_algorithm(algorithm, config, env, plan)
     check_policy(built, init_policy)
-    mixes = check_data(algorithm, config, built, env, data)
+    data = check_data(algorithm, config, built, env, data)
     init_policy = jax.device_get(init_policy)  # it may lie on other devices than this run will
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the run")
     progress = progress or Progress()
@@ -143,15 +145,12 @@ def train(
     elif run_dir is not None:
         RunDirectory.check_free(run_dir, overwrite)
     key = jax.random.key(train_config.seed)
-
-    def make(varied: Mapping[str, jax.Array], **drawn: Any) -> Algorithm:
-        return algorithm.make(config, env.spec, plan, **drawn)
-
+    make = maker(algorithm, config, env, plan)
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         if directory:
             stack.enter_context(locked(directory.path))
-        programs = compile_run(env, make, schedule, train_config, key, {}, init_policy, progress, data, mixes)
+        programs = compile_run(env, make, schedule, train_config, key, {}, init_policy, progress, data)
         if directory:
             note_resume(directory, progress)
         elif run_dir is not None:
@@ -209,7 +208,7 @@ def train_many(
     plan = schedule.plan
     built = [build_algorithm(algorithm, of_run, env, plan) for _, of_run in runs.values()]
     check_policy(built[0], init_policy)
-    mixes = check_data(algorithm, config, built[0], env, data)
+    data = check_data(algorithm, config, built[0], env, data)
     init_policy = jax.device_get(init_policy)
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the runs")
     progress = progress or Progress()
@@ -230,9 +229,7 @@ def train_many(
     elif run_dir is not None:
         group.check_free(run_dir, names, overwrite)
     key = jnp.stack([jax.random.key(of_run.seed) for of_run, _ in runs.values()])
-
-    def make(varied: Mapping[str, jax.Array], **drawn: Any) -> Algorithm:
-        return algorithm.make(dataclasses.replace(config, **varied), env.spec, plan, **drawn)
+    make = maker(algorithm, config, env, plan)
 
     def after_epoch(rows: dict[str, dict[str, float]]) -> bool:
         return not rows or bool(on_epoch and on_epoch(rows))  # no rows: every run has failed
@@ -242,7 +239,7 @@ def train_many(
         if directories:
             stack.enter_context(locked(str(run_dir)))
         try:
-            programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress, data, mixes)
+            programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress, data)
         except jax.errors.JAXTypeError as error:
             if not varied:
                 raise
@@ -304,19 +301,33 @@ def check_policy(algorithm: Algorithm, policy: Policy | None) -> None:
             raise UserError(f"the policy to start from has {found} at {name}; this run's learner takes {allowed}.")
 
 
-def check_data(module: Any, config: Any, algorithm: Algorithm, env: Environment, data: Data | None) -> bool:
-    """Whether the algorithm mixes data with what it sees in environments (`mixes_data(config)` of its module).
+def maker(module: Any, config: Any, env: Environment, plan: Plan) -> Callable[..., Algorithm]:
+    """(varied settings, draws out of a data set or None) -> the algorithm; draws only where its `make` takes `data`."""
+    takes = "data" in inspect.signature(module.make).parameters
 
-    Raises UserError for one that needs data without any, or that data cannot serve in the place of environments.
+    def make(varied: Mapping[str, jax.Array], draw: Callable[..., Any] | None) -> Algorithm:
+        keywords = {"data": draw} if takes and draw else {}
+        return module.make(dataclasses.replace(config, **varied), env.spec, plan, **keywords)
+
+    return make
+
+
+def check_data(module: Any, config: Any, algorithm: Algorithm, env: Environment, data: Data | None) -> Data | None:
+    """The data as this learner takes them: in the place of environments, or beside them (without `source`).
+
+    `uses_data(config)` of its module says which, "alone" or "beside", or "" for neither; a module without it takes any
+    learner's trajectories. Raises UserError for one that needs data without any, or that data cannot serve.
     """
-    mixes = bool(getattr(module, "mixes_data", lambda config: False)(config))
     name = getattr(module, "__name__", type(module).__name__).rpartition(".")[2]
+    kind = module.uses_data(config) if hasattr(module, "uses_data") else None
     if data is None:
-        needed = getattr(module, "NEEDS_DATA", False)
-        needs = "learns from a data set" if needed else "mixes a data set into its batches at these settings"
-        require(not needed and not mixes, "data", None, f"{name} {needs} (--data FILE; `rlx collect` makes one)")
-    if data is None or mixes:
-        return mixes
+        allowed = f"at these settings {name} learns from a data set (--data FILE; `rlx collect` makes one)"
+        require(not kind, "data", None, allowed)
+        return None
+    if kind is not None:
+        files = [entry["path"] for entry in data.record]
+        require(bool(kind), "data", files, f"none: at these settings {name} takes nothing out of it (algo.data_batch)")
+        return data if kind == "alone" else data._replace(source=None)
 
     def act(key: Key) -> PyTree:
         memory, obs = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), (algorithm.memory(key), env.spec.obs))
@@ -325,7 +336,7 @@ def check_data(module: Any, config: Any, algorithm: Algorithm, env: Environment,
     extras = jax.eval_shape(act, jax.random.key(0))
     if jax.tree.leaves(extras):
         raise UserError(f"{name} cannot learn from data: its update needs {type(extras).__name__}, noted while acting.")
-    return False
+    return data
 
 
 def load_policy(
@@ -345,11 +356,11 @@ def load_policy(
     Raises UserError where there is none, or where it is of another algorithm or environment.
     """
     plan = make_schedule(env, one_device(train_config)).plan
-    built = build_algorithm(algorithm, config, env, plan)
+    built = algorithm.make(config, env.spec, plan)  # unchecked: what it needs to learn need not be here
     directory = RunDirectory.open(run_dir)
     check_alone(directory)
     checkpointer = open_checkpoints(directory, train_config.keep_checkpoints)
-    learner = jax.eval_shape(built.init, jax.random.key(0))
+    learner = without_past(jax.eval_shape(built.init, jax.random.key(0)))
     if best:
         greedy = jax.eval_shape(lambda learner: built.policy(learner, "greedy"), learner)
         return built, *checkpointer.restore_best(greedy)

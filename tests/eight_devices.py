@@ -26,7 +26,7 @@ from rlx.footprint import collectives
 from rlx.logging import Progress
 from rlx.schedule import TrainConfig, make_schedule
 from rlx.sharding import make_mesh, on_parts
-from rlx.training import train, train_many
+from rlx.training import maker, train, train_many
 from tests.test_training import assert_same_state, without_time
 from tests.worlds import Counter
 
@@ -59,8 +59,8 @@ def messages_of(module, config, sizes, found=None, **plan):
     schedule = make_schedule(env, sizes)
     schedule = schedule._replace(plan=schedule.plan._replace(**plan))
     assert schedule.num_devices == NUM_DEVICES
-    built = module.make(config, env.spec, schedule.plan)
-    programs = compile_run(env, lambda varied: built, schedule, sizes, jax.random.key(0), {}, None, quiet(), found)
+    make = maker(module, config, env, schedule.plan)
+    programs = compile_run(env, make, schedule, sizes, jax.random.key(0), {}, None, quiet(), found)
     state = programs.abstract_state
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.learner.params))
     return collectives(programs.epoch.as_text()), size
@@ -94,6 +94,19 @@ def test_one_iteration_sends_nothing_larger_than_the_parameters(name, config):
     # Scalars of metrics may travel with the gradients.
     assert max(c.bytes for c in found) <= size + 64 < WIDE.num_envs * WIDE.unroll_length, found
     assert {c.kind for c in found} == {"all-reduce"}, found
+
+
+@pytest.mark.slow
+def test_data_beside_environments_are_drawn_on_every_device_for_itself(tmp_path):
+    env, config = Counter(5), dataclasses.replace(OFF_POLICY, data_batch=16)
+    collect(env, [Part(random_policy(env.spec), (), 2000)], tmp_path / "a.npz", progress=quiet())
+    found = data.read([(tmp_path / "a.npz", None)], env)
+    messages, size = messages_of(sac, config, WIDE, found._replace(source=None))
+    assert {c.kind for c in messages} == {"all-reduce"} and max(c.bytes for c in messages) <= size + 64, messages
+    eight, one = (
+        train(env, sac, dataclasses.replace(SMALL, num_devices=n), config, data=found, progress=quiet()) for n in (8, 1)
+    )
+    assert_close(eight.state.learner.params, one.state.learner.params, 1e-4)
 
 
 def test_a_shuffle_over_all_devices_would_be_seen():
@@ -182,7 +195,7 @@ def test_the_state_is_donated():
     schedule = make_schedule(env, sizes)
     assert schedule.num_devices == NUM_DEVICES
     built = ppo.make(CONFIG, env.spec, schedule.plan)
-    programs = compile_run(env, lambda varied: built, schedule, sizes, jax.random.key(0), {}, None, quiet())
+    programs = compile_run(env, lambda varied, draw: built, schedule, sizes, jax.random.key(0), {}, None, quiet())
     state = programs.init(jax.random.key(0), {}, None, ())
     programs.epoch(state, {}, ())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -258,7 +271,7 @@ def test_runs_on_devices_of_their_own_send_nothing():
     assert (schedule.plan.num_devices, schedule.num_run_devices) == (1, 8)
     built = ppo.make(CONFIG, env.spec, schedule.plan)
     keys = jax.random.split(jax.random.key(0), 8)
-    programs = compile_run(env, lambda varied: built, schedule, sizes, keys, {}, None, quiet())
+    programs = compile_run(env, lambda varied, draw: built, schedule, sizes, keys, {}, None, quiet())
     assert not collectives(programs.epoch.as_text())
     leaves = jax.tree.leaves((programs.abstract_state.learner, programs.abstract_state.source))
     assert {(leaf.sharding.spec, leaf.sharding.num_devices) for leaf in leaves} == {(PartitionSpec("devices"), 8)}

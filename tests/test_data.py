@@ -297,6 +297,7 @@ def test_a_trajectory_is_consecutive_steps_as_of_an_environment_that_resets_itse
     trajectory = jax.tree.map(np.asarray, draw(found, Plan(500, 7, 1)))
     done = trajectory.terminated | trajectory.truncated
     assert trajectory.obs.shape == (7, 500, 2) and trajectory.reward.shape == (7, 500)
+    assert done[-1].all() and not (trajectory.terminated & trajectory.truncated).any()  # what follows begins elsewhere
     inside = ~done[:-1]
     np.testing.assert_array_equal(trajectory.obs[1:][inside], trajectory.next_obs[:-1][inside])
     assert (trajectory.obs[1:][~inside][:, 1] == 0).all()  # a new episode
@@ -373,8 +374,18 @@ def test_a_learner_mixes_data_with_what_it_sees_and_resumes_bit_for_bit(tmp_path
         many["a"].state.learner.params,
         whole.state.learner.params,
     )
-    with pytest.raises(UserError, match="sac mixes a data set into its batches at these settings"):
+    with pytest.raises(UserError, match="at these settings sac learns from a data set"):
         mixed("none", of=None)
+
+
+def test_a_learner_that_replays_can_learn_from_data_alone(found):
+    """Without environments: no episode of training is seen, and nothing is kept beside the data."""
+    config = dataclasses.replace(MIXING, data_batch=16)
+    result = train(Counter(3), sac, SMALL, config, data=found, progress=quiet())
+    assert result.state.learner.experience.rows == () and result.state.source == ()
+    assert "train/return" not in result.history[1] and result.history[1]["train/critic_loss"] > 0
+    with pytest.raises(UserError, match="sac takes nothing out of it"):
+        train(Counter(3), sac, SMALL, dataclasses.replace(MIXING, data_batch=0), data=found, progress=quiet())
 
 
 def run(found, tmp=None, config=SMALL, **keywords):
@@ -412,7 +423,7 @@ def test_data_are_an_argument_of_the_program_and_no_part_of_the_state(found):
     schedule = make_schedule(Counter(3), SMALL)
     built = bc.make(CONFIG, Counter(3).spec, schedule.plan)
     key = jax.random.key(0)
-    programs = compile_run(Counter(3), lambda varied: built, schedule, SMALL, key, {}, None, quiet(), found)
+    programs = compile_run(Counter(3), lambda varied, draw: built, schedule, SMALL, key, {}, None, quiet(), found)
     assert programs.abstract_state.source == ()
     shape = f"f32[{len(found.arrays.observations)},2]"
     lines = [line for line in programs.epoch.as_text().splitlines() if f"= {shape}" in line]

@@ -159,7 +159,7 @@ def test_prefill_only_gathers_by_random_actions_and_then_the_policy_acts():
         return float(act(policy, (), jnp.full((200, 3), 2.0), jax.random.key(0), mode)[1].std())
 
     for iteration in range(3):
-        assert (spread("explore", state) > 0.5) == (iteration < 2)
+        assert (spread("explore", state) > 0.5) == (iteration < 3)
         assert spread("sample", state) < 0.5
         after, metrics = update(
             state, trajectory_of(CONTINUOUS, iteration), jnp.int32(iteration), jax.random.key(iteration)
@@ -173,11 +173,13 @@ def test_prefill_only_gathers_by_random_actions_and_then_the_policy_acts():
     np.testing.assert_allclose(state.experience.statistics.count[0], 3 * 24)
 
 
-@pytest.mark.parametrize("change", [{"random_prefill": False}, {"prefill_steps": 23}])
+@pytest.mark.parametrize("change", [{"random_prefill": False}, {"prefill_steps": 0}])
 def test_policy_prefill_and_runs_from_another_policy_act_by_the_policy(change):
     config = dataclasses.replace(CONFIG, prefill_steps=100)
     state = sac.make(dataclasses.replace(config, **change), CONTINUOUS, PLAN).init(jax.random.key(0))
     assert not state.experience.random
+    less_than_an_iteration = dataclasses.replace(config, prefill_steps=23)
+    assert sac.make(less_than_an_iteration, CONTINUOUS, PLAN).init(jax.random.key(0)).experience.random
     algorithm = sac.make(config, CONTINUOUS, PLAN)
     assert algorithm.init(jax.random.key(0)).experience.random
     assert not algorithm.init(jax.random.key(0), algorithm.policy(state, "greedy")).experience.random
@@ -218,7 +220,8 @@ def test_a_data_set_gives_its_part_of_every_batch():
         return drawn
 
     config = dataclasses.replace(COLD, data_batch=4)
-    assert sac.mixes_data(config) and not sac.mixes_data(COLD)
+    whole = dataclasses.replace(COLD, data_batch=COLD.batch_size)
+    assert [sac.uses_data(c) for c in (COLD, config, whole)] == ["", "beside", "alone"]
     algorithm = sac.make(config, CONTINUOUS, PLAN, draw)
     state = algorithm.init(jax.random.key(0))
     _, metrics = algorithm.update(state, endings(True, False, 0.0), 0, jax.random.key(0))
@@ -248,12 +251,12 @@ GOLDEN = {"critic_loss": 104.4506, "actor_loss": 6.45584, "entropy": -5.993611, 
         ({"num_critics": 0}, "num_critics"),
         ({"target_subset": 3}, "target_subset = 3 .* num_critics = 2"),
         ({"batch_size": 0}, "batch_size"),
-        ({"data_batch": 16}, "data_batch = 16 .* batch_size = 16"),
+        ({"data_batch": 17}, "data_batch = 17 .* batch_size = 16"),
         ({"n_step": 0}, "n_step"),
         ({"updates_per_iteration": -1}, "updates_per_iteration"),
-        ({"prefill_steps": 240}, "prefill_steps = 240 .* total_steps"),
+        ({"prefill_steps": 241}, "prefill_steps = 241 .* total_steps"),
         ({"replay_size": 0}, "replay_size"),
-        ({"replay_size": 10**12}, "replay_size = 10+ .* the largest that fits is"),
+        ({"replay_size": 10**12}, "replay_size = 10+ .* of a single run about"),
         ({"replay_dtype": "int8"}, "replay_dtype"),
         ({"dtype": "float16"}, "dtype"),
         ({"activation": "rleu"}, "relu"),

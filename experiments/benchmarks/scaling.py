@@ -56,7 +56,7 @@ def compiled_iteration(env_name: str, num_envs: int, num_devices: int) -> dict[s
     schedule = make_schedule(env, train)
     built = build_algorithm(ppo, config, env, schedule.plan)
     quiet = Progress(quiet=True)
-    programs = compile_run(env, lambda varied: built, schedule, train, jax.random.key(0), {}, None, quiet)
+    programs = compile_run(env, lambda varied, draw: built, schedule, train, jax.random.key(0), {}, None, quiet)
     found = [c._asdict() for c in collectives(programs.epoch.as_text())]
     takes = memory(programs.epoch)
     assert takes is not None  # a CPU says

@@ -23,8 +23,6 @@ from rlx.minibatches import check_minibatches, scan_minibatches
 from rlx.networks import MLP, activation, select
 from rlx.types import Box, Discrete, PyTree, Spec, Transition
 
-NEEDS_DATA = True  # from an environment it would imitate itself
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -64,6 +62,11 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
         require(len(shape) == 1, "env", f"{what} of shape {shape}", "bc takes vectors")
     activation(config.activation)
     check_minibatches(plan, config.num_minibatches)
+
+
+def uses_data(config: Config) -> str:
+    """Data in the place of environments: from those it would imitate itself."""
+    return "alone"
 
 
 def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:

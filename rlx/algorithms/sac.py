@@ -46,14 +46,14 @@ class Config:
     replay_dtype: str = "float32"  # of stored observations: float32, bfloat16 or uint8 (whole numbers 0 to 255)
     prefill_steps: int = 5_000  # decisions, over all environments, before the first gradient step
     random_prefill: bool = True  # take them uniformly at random, not by the policy
-    data_batch: int = 0  # transitions of a batch out of a data set (`--data`), the others are the run's own; 0: none
+    data_batch: int = 0  # transitions of a batch that come out of data sets (`--data`); all of them: no environment
     num_critics: int = 2  # E; targets and actor take the minimum over them
     target_subset: int = 0  # critics, drawn anew at each gradient step, that a target is the minimum of; 0: all
     mean_critic: bool = False  # the actor climbs the critics' mean instead, as in REDQ
     init_alpha: float = 1.0  # temperature at the start
     tune_alpha: bool = True  # towards the target entropy
     target_entropy_scale: float = 1.0  # target entropy: minus so many nats for each dimension of the action
-    max_grad_norm: float = float("inf")  # global norm, of each network; inf for none
+    max_grad_norm: float = 1e9  # global norm, of each network; so large a one clips nothing
     reward_scale: float = 1.0  # applied inside update only
     normalize_obs: bool = True  # running mean and standard deviation of observations
     actor_hidden: tuple[int, ...] = (256, 256)  # hidden layers
@@ -98,9 +98,7 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
     require(0 <= subset <= config.num_critics, "algo.target_subset", subset, allowed)
 
 
-def mixes_data(config: Config) -> bool:
-    """Whether batches are drawn from a data set too, which `make` then takes."""
-    return config.data_batch > 0
+uses_data = off_policy.uses_data
 
 
 def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Algorithm:

@@ -41,13 +41,13 @@ class Config:
     replay_dtype: str = "float32"  # of stored observations: float32, bfloat16 or uint8 (whole numbers 0 to 255)
     prefill_steps: int = 5_000  # decisions, over all environments, before the first gradient step
     random_prefill: bool = True  # take them uniformly at random, not by the policy
-    data_batch: int = 0  # transitions of a batch out of a data set (`--data`), the others are the run's own; 0: none
+    data_batch: int = 0  # transitions of a batch that come out of data sets (`--data`); all of them: no environment
     num_critics: int = 2  # E; targets take the minimum over them
     policy_delay: int = 2  # gradient steps of the critics for each one of the actor and of the targets
     exploration_noise: float = 0.1  # standard deviation of what is added to actions; the box is [-1, 1]
     target_noise: float = 0.2  # standard deviation of what is added to the target actor's actions
     noise_clip: float = 0.5  # largest noise there
-    max_grad_norm: float = float("inf")  # global norm, of each network; inf for none
+    max_grad_norm: float = 1e9  # global norm, of each network; so large a one clips nothing
     reward_scale: float = 1.0  # applied inside update only
     normalize_obs: bool = True  # running mean and standard deviation of observations
     actor_hidden: tuple[int, ...] = (256, 256)  # hidden layers
@@ -89,9 +89,7 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
         require(getattr(config, name) >= 0, f"algo.{name}", getattr(config, name), "at least 0")
 
 
-def mixes_data(config: Config) -> bool:
-    """Whether batches are drawn from a data set too, which `make` then takes."""
-    return config.data_batch > 0
+uses_data = off_policy.uses_data
 
 
 def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Algorithm:

@@ -50,7 +50,7 @@ def evaluate(arguments: list[str]) -> int:
             from rlx.evaluation import make_evaluate
             from rlx.recording import episodes
             from rlx.schedule import make_schedule, one_device
-            from rlx.training import build_algorithm, load_policy
+            from rlx.training import load_policy
 
         players: dict[str, Any] = {}  # runs of one program may differ in their settings
 
@@ -63,7 +63,7 @@ def evaluate(arguments: list[str]) -> int:
         def compiled_player(config: Any) -> Any:
             decisions = options.decisions or run.train_config.eval_decisions
             plan = make_schedule(run.env, one_device(run.train_config)).plan
-            algorithm = build_algorithm(run.module, config, run.env, plan)
+            algorithm = run.module.make(config, run.env.spec, plan)
             return jax.jit(make_evaluate(run.env, algorithm, options.episodes, options.mode, decisions))
 
         for path in members:
