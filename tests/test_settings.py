@@ -150,6 +150,9 @@ def test_a_preset_of_an_environment_stands_above_its_suites(monkeypatch):
     assert settings.preset("a/b", "ppo") == {"num_envs": 2, "seed": 7}
     assert settings.preset("a/c", "ppo") == {"num_envs": 1, "seed": 7}
     assert settings.preset("x/b", "ppo") == {} and settings.preset("a/b", "sac") == {}
+    found["default/*"] = {"ppo": {"seed": 3, "num_evals": 2}}
+    assert settings.preset("a/c", "ppo") == {"num_envs": 1, "seed": 7, "num_evals": 2}
+    assert settings.preset("my_env.py:make", "ppo") == {"seed": 3, "num_evals": 2}
 
 
 PRESETS = [(env, algorithm) for env, table in settings.presets().items() for algorithm in table]
@@ -162,7 +165,8 @@ def test_presets_ship_with_the_package():
 @pytest.mark.parametrize("env, algorithm", PRESETS)
 def test_every_environment_algorithm_and_field_of_a_preset_exists(env, algorithm):
     names = set(envs.names())
-    assert env in names or (env.endswith("/*") and any(name.startswith(env[:-1]) for name in names))
+    every = env == "default/*" or (env.endswith("/*") and any(name.startswith(env[:-1]) for name in names))
+    assert env in names or every
     assert algorithm in ALGORITHMS
     module = importlib.import_module(ALGORITHMS[algorithm])
     merged = settings.merge(TrainConfig, module.Config, [("preset", settings.presets()[env][algorithm])])
