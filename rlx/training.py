@@ -148,14 +148,16 @@ def train(
     make = maker(algorithm, config, env, plan)
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        if directory:
-            stack.enter_context(locked(directory.path))
+        held = run_dir is not None and Path(run_dir).is_dir()  # a run to resume, or to overwrite
+        if held:
+            stack.enter_context(locked(str(run_dir)))
         programs = compile_run(env, make, schedule, train_config, key, {}, init_policy, progress, data)
         if directory:
             note_resume(directory, progress)
         elif run_dir is not None:
             directory = RunDirectory.create(run_dir, description, overwrite)
-            stack.enter_context(locked(directory.path))
+            if not held:
+                stack.enter_context(locked(directory.path))
         stop = stack.enter_context(StopSignal(progress.quiet))
         state, recorder = None, Recorder(plan.steps_per_iteration, progress)
         if directory:
@@ -236,7 +238,8 @@ def train_many(
 
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        if directories:
+        held = run_dir is not None and Path(run_dir).is_dir()
+        if held:
             stack.enter_context(locked(str(run_dir)))
         try:
             programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress, data)
@@ -252,7 +255,8 @@ def train_many(
             note_resume(directory, progress if directory is directories[0] else Progress(quiet=True))
         if run_dir is not None and not resume:
             directories = group.create(run_dir, descriptions, overwrite)
-            stack.enter_context(locked(run_dir))
+            if not held:
+                stack.enter_context(locked(run_dir))
         stop = stack.enter_context(StopSignal(progress.quiet))
         state, recorder = None, group.GroupRecorder(names, plan.steps_per_iteration, progress)
         if directories:

@@ -20,7 +20,7 @@ from rlx.algorithms import ppo
 from rlx.checkpoint import Checkpointer
 from rlx.errors import NonFiniteError, UserError
 from rlx.group import varied_settings
-from rlx.logging import Progress, RunDirectory, read_metrics, run_directories
+from rlx.logging import Progress, RunDirectory, locked, read_metrics, run_directories
 from rlx.schedule import TrainConfig
 from rlx.training import load_policy, train, train_many
 from tests.test_training import assert_same_state, without_time
@@ -288,6 +288,19 @@ def test_what_does_not_hold_these_runs_is_not_resumed(tmp_path):
     many(seeds(1), tmp_path / "runs")
     with pytest.raises(UserError, match=r"those that .* was begun with: \['seed-0'\]"):
         many(seeds(2), tmp_path / "runs", resume=True)
+
+
+def test_runs_that_another_process_trains_are_not_overwritten(tmp_path):
+    many(seeds(1), tmp_path / "runs")
+    before = (tmp_path / "runs/seed-0/metrics.jsonl").read_bytes()
+    config, algo = seeds(1)["seed-0"]
+    for folder in ("runs", "runs/seed-0"):
+        with locked(tmp_path / folder), pytest.raises(UserError, match="another process trains there"):
+            if folder == "runs":
+                many(seeds(1), tmp_path / folder, overwrite=True)
+            else:
+                train(Counter(5), ppo, config, algo, run_dir=tmp_path / folder, overwrite=True, progress=quiet())
+    assert (tmp_path / "runs/seed-0/metrics.jsonl").read_bytes() == before
 
 
 def test_every_seed_is_one_that_keys_can_be_made_of():
