@@ -59,19 +59,20 @@ def report(
     needed = Memory(found[0].state, max(found[0].temporaries, found[1].temporaries))  # the state stays all the time
     of = f" of {mib(free)} free" if free else ""
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-    takes = f"{mib(needed.state - read)} of state{f', {mib(read)} of data' if read else ''} and "
+    share = max(schedule.num_devices, 1)
+    kept = bytes_per_env(state.learner) // share
+    takes = f"{mib(needed.state - read)} of state{f' ({mib(kept)} of it experience)' if kept else ''}"
+    takes += f"{f', {mib(read)} of data' if read else ''} and "
     takes += f"{mib(needed.temporaries)} of temporaries"
     progress.message(f"{where}: {what}, {takes}{of}")
     copies = 2 if jax.default_backend() == "cpu" else 1  # a checkpoint begins with a copy of the state on the host
     needed = needed._replace(temporaries=max(needed.temporaries, (copies - 1) * (needed.state - read)))
     if free and needed.total > free:
-        share = max(schedule.num_devices, 1)
         # Parameters, the pool, what the learner keeps of the past: whatever the environments.
         fixed = needed.state - bytes_per_env(state.source) // share
         fit = plan.num_envs * (free - fixed) // max(needed.total - fixed, 1)
         power = 2 ** int(math.log2(fit)) if fit >= plan.num_devices else 0
         advice = [f"about num_envs = {power}"] if power else ["fewer environments, shorter unrolls, smaller networks"]
-        kept = bytes_per_env(state.learner) // share
         if kept:
             room = max(0.0, (free - (needed.total - copies * kept)) / (copies * kept))
             advice += [f"{min(room, 1.0):.0%} of the experience in the learner, which takes {mib(kept)}"]

@@ -81,7 +81,7 @@ class OffPolicy(NamedTuple):
 def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = None) -> OffPolicy:
     """`data`: out of which `data_batch` transitions of every batch come."""
     per_iteration = plan.num_envs * plan.unroll_length
-    updates, gathering = config.updates_per_iteration or per_iteration, -(-config.prefill_steps // per_iteration)
+    updates, gathering = round(config.utd_ratio * per_iteration), -(-config.prefill_steps // per_iteration)
     keys = (config.actor_obs_key, config.critic_obs_key)
     spec = Spec(keep(spec.obs, *keys), spec.action)
     online = config.batch_size - config.data_batch
@@ -198,12 +198,14 @@ def check(config: Any, spec: Spec, plan: Plan, name: str) -> None:
         require(getattr(config, field) > 0, f"algo.{field}", getattr(config, field), "above 0")
     for field in ("n_step", "batch_size", "num_critics"):
         require(getattr(config, field) >= 1, f"algo.{field}", getattr(config, field), "at least 1")
-    for field in ("updates_per_iteration", "prefill_steps"):
-        require(getattr(config, field) >= 0, f"algo.{field}", getattr(config, field), "at least 0")
+    require(config.prefill_steps >= 0, "algo.prefill_steps", config.prefill_steps, "at least 0")
     for field in ("actor_hidden", "critic_hidden"):
         widths = getattr(config, field)
         require(all(width >= 1 for width in widths), f"algo.{field}", widths, "widths of at least 1")
-    steps, allowed = plan.num_envs * plan.unroll_length, "as many gather everything that the run does: more total_steps"
+    steps = plan.num_envs * plan.unroll_length
+    allowed = f"at least {1 / steps:.3g}: a gradient step for the {steps} decisions of an iteration"
+    require(round(config.utd_ratio * steps) >= 1, "algo.utd_ratio", config.utd_ratio, allowed)
+    allowed = "as many gather everything that the run does: more total_steps"
     enough = -(-config.prefill_steps // steps) <= plan.num_iterations
     require(enough, "algo.prefill_steps", config.prefill_steps, allowed)
     part = config.data_batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import sys
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from rlx import footprint
-from rlx.algorithms import ppo
+from rlx.algorithms import ppo, sac
 from rlx.errors import UserError
 from rlx.footprint import Collective, collectives, size_of
 from rlx.logging import Progress
@@ -94,6 +95,10 @@ def test_a_run_says_where_it_is_and_what_it_takes():
     train(Counter(5), ppo, SMALL, progress=Progress(stream=stream))
     assert "1 device (cpu): 4 environments each, " in stream.getvalue()
     assert " of state and " in stream.getvalue()
+    stream = io.StringIO()
+    config = sac.Config(actor_hidden=(8,), critic_hidden=(8,), batch_size=4, replay_size=50_000, prefill_steps=0)
+    train(Counter(5), sac, SMALL, config, progress=Progress(stream=stream))
+    assert re.search(r"[\d.]+ MiB of state \([\d.]+ MiB of it experience\) and ", stream.getvalue())
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ from rlx.schedule import make_schedule
 
 # The smallest run of each algorithm. Its episodes are longer than an unroll, so a kill falls into the middle of some.
 # Replay is full, and goes around, several times before a kill.
-OFF_POLICY = "--algo.actor-hidden 8 --algo.critic-hidden 8 --algo.batch-size 16 --algo.updates-per-iteration 4 "
+OFF_POLICY = "--algo.actor-hidden 8 --algo.critic-hidden 8 --algo.batch-size 16 --algo.utd-ratio 0.25 "
 OFF_POLICY += "--algo.prefill-steps 32 --algo.replay-size 100 --algo.n-step 3 "
 RUNS = {
     "ppo": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.critic-hidden 8 --algo.num-epochs 1 "
@@ -267,7 +267,7 @@ def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(whole, name, tmp_path
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(whole, name, tmp_path):
     chance, folder = random.Random(0), tmp_path / "run"
-    for _ in range(3):
+    for _ in range(10):  # 110 reports at most, of 120
         run = Rlx("resume", folder) if folder.exists() else train(name, folder)
         run.read(REPORT, times=chance.randrange(1, 12))
         for _ in range(chance.choice([0, 1000])):  # at once, or in the middle of a checkpoint

@@ -30,7 +30,7 @@ OFF_POLICY = {
     "gamma": 0.9,
     "tau": 0.05,
     "batch_size": 128,
-    "updates_per_iteration": 40,
+    "utd_ratio": 40 / 1024,
     "replay_size": TRAIN.total_steps,  # nothing is forgotten: values are asked for of what is seldom seen in the end
     "prefill_steps": 2_048,
     "actor_hidden": (32, 32),

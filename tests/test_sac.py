@@ -15,7 +15,7 @@ from rlx.types import Discrete, UserError
 from tests.off_policy import ASYMMETRIC, CONTINUOUS, PLAN, SMALL, built, constant_critic, one_update, trajectory_of
 
 CONFIG = sac.Config(**SMALL)
-ONE = dataclasses.replace(CONFIG, updates_per_iteration=1)
+ONE = dataclasses.replace(CONFIG, utd_ratio=1 / 24)
 COLD = dataclasses.replace(ONE, init_alpha=1e-20, tune_alpha=False, critic_learning_rate=1e-20)  # no entropy, no step
 PLAIN = trajectory_of(CONTINUOUS)
 NEVER = jnp.zeros_like(PLAIN.terminated)
@@ -113,7 +113,7 @@ def test_entropy_converges_to_its_target():
     trajectory = endings(True, False)._replace(reward=-4 * jnp.square(PLAIN.action).sum(axis=-1))
     config = dataclasses.replace(
         CONFIG,
-        updates_per_iteration=400,
+        utd_ratio=400 / 24,
         batch_size=64,
         critic_hidden=(32,),
         replay_size=24,
@@ -253,7 +253,7 @@ GOLDEN = {"critic_loss": 104.4506, "actor_loss": 6.45584, "entropy": -5.993611, 
         ({"batch_size": 0}, "batch_size"),
         ({"data_batch": 17}, "data_batch = 17 .* batch_size = 16"),
         ({"n_step": 0}, "n_step"),
-        ({"updates_per_iteration": -1}, "updates_per_iteration"),
+        ({"utd_ratio": 0.01}, "utd_ratio = 0.01 .* at least"),
         ({"prefill_steps": 241}, "prefill_steps = 241 .* total_steps"),
         ({"replay_size": 0}, "replay_size"),
         ({"replay_size": 10**12}, "replay_size = 10+ .* of a single run about"),

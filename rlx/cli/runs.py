@@ -118,11 +118,14 @@ def finish_many(runs: Mapping[str, Any], run_dir: Path) -> int:
 
 
 def resume(arguments: list[str]) -> int:
-    """`rlx resume RUN_DIR`."""
+    """`rlx resume RUN_DIR [--data FILE ...]`."""
     parser = argparse.ArgumentParser("rlx resume", description="Go on with a run that was stopped.", allow_abbrev=False)
     parser.add_argument("run_dir")
     parser.add_argument(
         "--num-devices", type=int, metavar="N", help="others than it was begun with; 0: as many as it can"
+    )
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="FILE", help="where a data set lies now; once for each, in order"
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
     options = parser.parse_args(arguments)
@@ -144,6 +147,10 @@ def resume(arguments: list[str]) -> int:
             empty = Checkpointer(Path(options.run_dir) / "checkpoints").empty()
             policy = start_policy(recorded.get("from") if empty else None, run.pair.physics)
             files = [(entry["path"], entry["share"]) for entry in recorded.get("data", ())]
+            if options.data:
+                allowed = f"the {len(files)} files that the run began with, in their order"
+                require(len(options.data) == len(files), "--data", options.data, allowed)
+                files = [(moved, share) for moved, (_, share) in zip(options.data, files, strict=True)]
             data = load_data(files, run.pair, run.env, options.quiet)
         keywords: dict[str, Any] = {"init_policy": policy, "progress": shown, "resume": True, "data": data}
         own = describe(run.pair)
