@@ -109,7 +109,7 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
 
     def draw(experience: Experience, iteration: jax.Array, key: Key) -> Batch:
         """[batch_size, ...], observations as networks read them."""
-        online_key, data_key = jax.random.split(key)
+        online_key, data_key = jax.random.split(key) if online and config.data_batch else (key, key)
         parts = []
         if online:
             parts.append(replay.sample(experience.rows, iteration, online_key, online, config.n_step, config.gamma))
@@ -143,12 +143,12 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
             experience = experience._replace(rows=replay.insert(experience.rows, trajectory, iteration))
 
         def one(carry: Any, inputs: tuple[jax.Array, Key]):
-            draw_key, step_key = jax.random.split(inputs[1])
-            return step(carry, draw(experience, iteration, draw_key), inputs[0], step_key)
+            count, (draw_key, step_key) = inputs
+            return step(carry, draw(experience, iteration, draw_key), count, step_key)
 
         def learn(carry: Any, key: Key):
             counts = jnp.arange(updates, dtype=jnp.int32)
-            carry, metrics = jax.lax.scan(one, carry, (counts, jax.random.split(key, updates)))
+            carry, metrics = jax.lax.scan(one, carry, (counts, jax.random.split(key, (updates, 2))))
             return carry, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
         def gather(carry: Any, key: Key):

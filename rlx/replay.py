@@ -110,8 +110,13 @@ def make_replay(size: int, batch_sizes: Sequence[int], plan: Plan, spec: Spec, o
     def sample(rows: Rows, iteration: jax.Array, key: Key, size: int, n_step: int, gamma: float | jax.Array) -> Batch:
         stored = jnp.minimum(iteration + 1, num_unrolls) * plan.unroll_length
         newest = (iteration % num_unrolls + 1) * plan.unroll_length - 1
-        draw = partial(_draw, size=size // groups, stored=stored, newest=newest, n_step=n_step, gamma=gamma)
-        return jax.vmap(draw)(rows, jax.random.split(key, groups))
+        # One call, not one for each group and index: these cost a CPU more than the numbers. An index is up to
+        # stored / 2^32 of its chance more probable than another.
+        bits = jax.random.bits(key, (2, groups, size // groups), jnp.uint32)
+        row = (bits[0] % stored.astype(jnp.uint32)).astype(jnp.int32)
+        env = (bits[1] % (plan.num_envs // groups)).astype(jnp.int32)
+        windows = partial(_windows, newest=newest, n_step=n_step, gamma=gamma)
+        return jax.vmap(windows)(rows, row, env)
 
     return Replay(init, insert, sample, num_rows, groups)
 
@@ -130,20 +135,13 @@ def _encode(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x.astype(dtype)
 
 
-def _draw(
-    rows: Rows,
-    key: Key,
-    size: int,
-    stored: int | jax.Array,
-    newest: int | jax.Array,
-    n_step: int,
-    gamma: float | jax.Array,
+def _windows(
+    rows: Rows, row: jax.Array, env: jax.Array, newest: jax.Array, n_step: int, gamma: float | jax.Array
 ) -> Batch:
-    """`size` windows of one group, leaves [C, B/G, ...]. `stored` rows are filled, `newest` is the last written."""
-    num_rows, num_envs = rows.reward.shape
+    """Those that begin at `row` [size] of `env` [size], of one group, leaves [C, B/G, ...]; `newest` was written last."""
+    num_rows = len(rows.reward)
 
     def window(row: jax.Array, env: jax.Array) -> Batch:
-        """The one that begins at `row`."""
         steps = jnp.arange(n_step)
         index = (row + steps) % num_rows
         terminated, truncated = rows.terminated[index, env], rows.truncated[index, env]
@@ -153,9 +151,6 @@ def _draw(
         obs = jax.tree.map(lambda x: x[row, env].astype(jnp.float32), rows.obs)
         return Batch(obs, rows.action[row, env], reward, discount, next_obs)
 
-    row_key, env_key = jax.random.split(key)
-    row = jax.random.randint(row_key, (size,), 0, stored)
-    env = jax.random.randint(env_key, (size,), 0, num_envs)
     return jax.vmap(window)(row, env)
 
 

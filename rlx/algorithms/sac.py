@@ -149,9 +149,8 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         action = pi.to_action(pi.sample(sample_key))
         return memory, experience.explore(policy.explorer, action, random_key) if mode == "explore" else action, ()
 
-    def targets(learned: Learned, batch: Batch, key: Key) -> jax.Array:
+    def targets(learned: Learned, batch: Batch, action_key: Key, subset_key: Key) -> jax.Array:
         """y of eq. 3 and 5, [batch]."""
-        action_key, subset_key = jax.random.split(key)
         pi = distribution(learned.params["actor"], batch.next_obs)
         raw_action = pi.sample(action_key)
         next_values = values(learned.target_critic, batch.next_obs, pi.to_action(raw_action))
@@ -188,8 +187,8 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
             params[name], states[name] = descend(optimizers[name], rates[name], params[name], states[name], grads)
             metrics[f"{name}_grad_norm"] = optax.tree.norm(grads)
 
-        target_key, actor_key = jax.random.split(key)
-        wanted = jax.lax.stop_gradient(targets(learned, batch, target_key))
+        target_key, subset_key, actor_key = jax.random.split(key, 3)
+        wanted = jax.lax.stop_gradient(targets(learned, batch, target_key, subset_key))
         grads, of_critic = jax.grad(critic_loss, has_aux=True)(params["critic"], batch, wanted)
         improve("critic", grads)
         grads, of_actor = jax.grad(actor_loss, has_aux=True)(
