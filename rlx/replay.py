@@ -138,7 +138,7 @@ def _encode(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def _windows(
     rows: Rows, row: jax.Array, env: jax.Array, newest: jax.Array, n_step: int, gamma: float | jax.Array
 ) -> Batch:
-    """Those that begin at `row` [size] of `env` [size], of one group, leaves [C, B/G, ...]; `newest` was written last."""
+    """Those that begin at `row` of `env`, both [size], in a group, leaves [C, B/G, ...]; `newest` was written last."""
     num_rows = len(rows.reward)
 
     def window(row: jax.Array, env: jax.Array) -> Batch:
