@@ -13,6 +13,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 
+def pytest_configure(config):
+    """Most of the time of these tests is LLVM's, with programs that run for milliseconds; not so of the slow ones."""
+    if config.option.markexpr != "slow":
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
 def pytest_collection_modifyitems(items):
     """The longest file first: as the last one it would leave the other processes idle."""
     items.sort(key=lambda item: "test_sharding" not in item.nodeid)

@@ -51,7 +51,7 @@ def trajectory_of(spec, seed=0, plan=PLAN):
 def built(module, config, asymmetric=False):
     """The algorithm, its update, jitted once for all tests, and a learner."""
     algorithm = module.make(config, ASYMMETRIC if asymmetric else CONTINUOUS, PLAN)
-    return algorithm, jax.jit(algorithm.update), jax.jit(algorithm.init)(jax.random.key(0))
+    return algorithm, jax.jit(algorithm.update), algorithm.init(jax.random.key(0))  # jitted, it would compile each time
 
 
 def one_update(module, config, asymmetric=False, iteration=0):

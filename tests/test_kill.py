@@ -182,9 +182,10 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert not list((folder / "checkpoints").glob("**/*.new")) + list((folder / "checkpoints").glob("**/*.old"))
 
 
-@pytest.fixture(scope="module", params=sorted(RUNS))
-def name(request):
-    return request.param
+# One learner of each kind; the others with the slow tests.
+OF_EACH_KIND = [name if name in ("ppo", "sac") else pytest.param(name, marks=pytest.mark.slow) for name in sorted(RUNS)]
+TWO = pytest.mark.parametrize("name", OF_EACH_KIND, scope="module")
+EVERY = pytest.mark.parametrize("name", sorted(RUNS), scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -211,10 +212,12 @@ def test_every_algorithm_is_killed_here():
     assert set(RUNS) == set(ALGORITHMS)
 
 
+@TWO
 def test_the_runs_here_have_a_best_policy_that_is_not_the_first_nor_the_last(whole):
     assert 0 < restored(whole)[3] < EPOCHS * 16
 
 
+@EVERY
 def test_a_run_killed_half_way_ends_as_if_nothing_had_happened(whole, killed, tmp_path):
     shutil.copytree(killed, tmp_path / "run")
     steps = Checkpointer(tmp_path / "run" / "checkpoints").steps()
@@ -222,6 +225,7 @@ def test_a_run_killed_half_way_ends_as_if_nothing_had_happened(whole, killed, tm
     assert_same_run(tmp_path / "run", whole)
 
 
+@TWO
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_serves(whole, killed, tmp_path):
     shutil.copytree(killed, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
@@ -238,6 +242,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_serves(whole
     assert_same_run(tmp_path / "run", whole)
 
 
+@TWO
 def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, name, tmp_path):
     run = train(name, tmp_path / "run", checkpoints=1)  # at the end
     run.read(REPORT, times=30)
@@ -246,6 +251,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, name, tmp_
     assert_same_run(tmp_path / "run", whole)
 
 
+@TWO
 @pytest.mark.parametrize("reader", ["reads on", pytest.param("has stopped reading", marks=pytest.mark.slow)])
 def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(whole, name, tmp_path, reader):
     """The signal may come while a report is being written, which takes as long as the reader likes."""
@@ -264,6 +270,7 @@ def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(whole, name, tmp_path
     assert_same_run(tmp_path / "run", whole)
 
 
+@EVERY
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(whole, name, tmp_path):
     chance, folder = random.Random(0), tmp_path / "run"
@@ -280,6 +287,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(whole, nam
     assert_same_run(folder, whole)
 
 
+@EVERY
 @pytest.mark.slow
 def test_seeds_in_one_program_have_devices_of_their_own_and_end_as_if_no_kill_had_happened(name, tmp_path):
     for folder in ("whole", "killed"):
