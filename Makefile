@@ -25,10 +25,10 @@ train: install  ## PPO on playground/CheetahRun, into a new folder of runs/
 	$(BIN)/rlx train ppo playground/CheetahRun
 
 test: install  ## everything that is not slow
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: install  ## learning and reproduction
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -81,7 +81,7 @@ class OffPolicy(NamedTuple):
 def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = None) -> OffPolicy:
     """`data`: out of which `data_batch` transitions of every batch come."""
     per_iteration = plan.num_envs * plan.unroll_length
-    updates, gathering = round(config.utd_ratio * per_iteration), -(-config.prefill_steps // per_iteration)
+    updates, gathering = updates_in(config, per_iteration), -(-config.prefill_steps // per_iteration)
     keys = (config.actor_obs_key, config.critic_obs_key)
     spec = Spec(keep(spec.obs, *keys), spec.action)
     online = config.batch_size - config.data_batch
@@ -161,6 +161,12 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
     return OffPolicy(init, observe, explore, update, explorer, updates)
 
 
+def updates_in(config: Any, decisions: int) -> int:
+    """Gradient steps for so many decisions, to the nearest whole one."""
+    updates, each = config.utd_ratio
+    return round(updates * decisions / each)
+
+
 def uses_data(config: Any) -> str:
     """Whether batches come out of data sets: not at all, in part ("beside" environments), or "alone"."""
     return "" if not config.data_batch else "beside" if config.data_batch < config.batch_size else "alone"
@@ -203,8 +209,10 @@ def check(config: Any, spec: Spec, plan: Plan, name: str) -> None:
         widths = getattr(config, field)
         require(all(width >= 1 for width in widths), f"algo.{field}", widths, "widths of at least 1")
     steps = plan.num_envs * plan.unroll_length
-    allowed = f"at least {1 / steps:.3g}: a gradient step for the {steps} decisions of an iteration"
-    require(round(config.utd_ratio * steps) >= 1, "algo.utd_ratio", config.utd_ratio, allowed)
+    ratio = config.utd_ratio
+    require(len(ratio) == 2 and min(ratio) > 0, "algo.utd_ratio", ratio, "two whole numbers above 0")
+    allowed = f"at least a gradient step for the {steps} decisions of an iteration"
+    require(updates_in(config, steps) >= 1, "algo.utd_ratio", ratio, allowed)
     allowed = "as many gather everything that the run does: more total_steps"
     enough = -(-config.prefill_steps // steps) <= plan.num_iterations
     require(enough, "algo.prefill_steps", config.prefill_steps, allowed)

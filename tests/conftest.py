@@ -14,14 +14,18 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 
 def pytest_configure(config):
-    """Most of the time of these tests is LLVM's, with programs that run for milliseconds; not so of the slow ones."""
+    """Half of the time of these tests is XLA's, on programs that run for milliseconds; not so of the slow ones.
+
+    An XLA that does not know a flag says so and ends the process.
+    """
     if config.option.markexpr != "slow":
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        quick = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
+        os.environ.setdefault("XLA_FLAGS", quick)
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file first: as the last one it would leave the other processes idle."""
-    items.sort(key=lambda item: "test_sharding" not in item.nodeid)
+    """The longest files first: as the last ones they would leave the other processes idle."""
+    items.sort(key=lambda item: item.path.stem not in ("test_sharding", "test_kill", "test_learning"))
 
 
 @pytest.fixture(scope="session", autouse=True)

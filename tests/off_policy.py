@@ -25,7 +25,7 @@ SMALL = {
     "actor_hidden": (8,),
     "critic_hidden": (8,),
     "batch_size": 16,
-    "utd_ratio": 2 / 24,
+    "utd_ratio": (2, 24),
     "replay_size": 100,
     "prefill_steps": 0,
 }

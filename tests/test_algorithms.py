@@ -28,7 +28,7 @@ WORLDS = {
     "discrete": Counter(5, "terminated", action=Discrete(3)),
     "asymmetric": Counter(5, asymmetric=True),
 }
-OFF_POLICY = {"batch_size": 16, "utd_ratio": 3 / 64, "replay_size": 200, "prefill_steps": 64}
+OFF_POLICY = {"batch_size": 16, "utd_ratio": (3, 64), "replay_size": 200, "prefill_steps": 64}
 OFF_POLICY |= {"actor_hidden": (16,), "critic_hidden": (16,)}
 SETTINGS = {"sac": OFF_POLICY, "td3": OFF_POLICY}  # in place of defaults that are made for longer runs
 

@@ -345,7 +345,7 @@ MIXING = sac.Config(
     critic_hidden=(8,),
     batch_size=16,
     data_batch=8,
-    utd_ratio=2 / 32,
+    utd_ratio=(2, 32),
     replay_size=100,
     prefill_steps=0,
 )

@@ -36,7 +36,7 @@ from rlx.schedule import make_schedule
 
 # The smallest run of each algorithm. Its episodes are longer than an unroll, so a kill falls into the middle of some.
 # Replay is full, and goes around, several times before a kill.
-OFF_POLICY = "--algo.actor-hidden 8 --algo.critic-hidden 8 --algo.batch-size 16 --algo.utd-ratio 0.25 "
+OFF_POLICY = "--algo.actor-hidden 8 --algo.critic-hidden 8 --algo.batch-size 16 --algo.utd-ratio 1 4 "
 OFF_POLICY += "--algo.prefill-steps 32 --algo.replay-size 100 --algo.n-step 3 "
 RUNS = {
     "ppo": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.critic-hidden 8 --algo.num-epochs 1 "

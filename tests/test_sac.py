@@ -15,7 +15,7 @@ from rlx.types import Discrete, UserError
 from tests.off_policy import ASYMMETRIC, CONTINUOUS, PLAN, SMALL, built, constant_critic, one_update, trajectory_of
 
 CONFIG = sac.Config(**SMALL)
-ONE = dataclasses.replace(CONFIG, utd_ratio=1 / 24)
+ONE = dataclasses.replace(CONFIG, utd_ratio=(1, 24))
 COLD = dataclasses.replace(ONE, init_alpha=1e-20, tune_alpha=False, critic_learning_rate=1e-20)  # no entropy, no step
 PLAIN = trajectory_of(CONTINUOUS)
 NEVER = jnp.zeros_like(PLAIN.terminated)
@@ -113,7 +113,7 @@ def test_entropy_converges_to_its_target():
     trajectory = endings(True, False)._replace(reward=-4 * jnp.square(PLAIN.action).sum(axis=-1))
     config = dataclasses.replace(
         CONFIG,
-        utd_ratio=400 / 24,
+        utd_ratio=(400, 24),
         batch_size=64,
         critic_hidden=(32,),
         replay_size=24,
@@ -254,7 +254,9 @@ GOLDEN = {"critic_loss": 79.33221, "actor_loss": 4.678744, "entropy": -4.285987,
         ({"batch_size": 0}, "batch_size"),
         ({"data_batch": 17}, "data_batch = 17 .* batch_size = 16"),
         ({"n_step": 0}, "n_step"),
-        ({"utd_ratio": 0.01}, "utd_ratio = 0.01 .* at least"),
+        ({"utd_ratio": (1, 100)}, "utd_ratio = .1, 100. .* a gradient step"),
+        ({"utd_ratio": (1,)}, "utd_ratio = .1,. .* two whole numbers"),
+        ({"utd_ratio": (1, 0)}, "utd_ratio = .1, 0. .* above 0"),
         ({"prefill_steps": 241}, "prefill_steps = 241 .* total_steps"),
         ({"replay_size": 0}, "replay_size"),
         ({"replay_size": 10**12}, "replay_size = 10+ .* of a single run about"),

@@ -14,7 +14,7 @@ from rlx.types import UserError
 from tests.off_policy import CONTINUOUS, PLAN, SMALL, built, constant_critic, one_update, trajectory_of
 
 CONFIG = td3.Config(**SMALL)
-ONE = dataclasses.replace(CONFIG, utd_ratio=1 / 24, policy_delay=1)
+ONE = dataclasses.replace(CONFIG, utd_ratio=(1, 24), policy_delay=1)
 LINEAR = dataclasses.replace(ONE, critic_hidden=(), normalize_obs=False, critic_learning_rate=1e-20)
 PLAIN = trajectory_of(CONTINUOUS)
 NEVER = jnp.zeros_like(PLAIN.terminated)
@@ -96,7 +96,7 @@ def test_the_actor_climbs_the_first_critic():
 
 
 def test_the_actor_and_the_targets_wait_for_their_turn_over_iterations():
-    config = dataclasses.replace(CONFIG, utd_ratio=3 / 24, policy_delay=2, tau=0.5)
+    config = dataclasses.replace(CONFIG, utd_ratio=(3, 24), policy_delay=2, tau=0.5)
     _, update, state = built(td3, config)
     counts = []
     for iteration in range(4):
@@ -105,7 +105,7 @@ def test_the_actor_and_the_targets_wait_for_their_turn_over_iterations():
         )
         counts.append(tuple(int(state.learned.optimizers[name][1].count) for name in ("critic", "actor")))
     assert counts == [(3, 1), (6, 3), (9, 4), (12, 6)]
-    once = dataclasses.replace(config, utd_ratio=1 / 24)
+    once = dataclasses.replace(config, utd_ratio=(1, 24))
     _, before, (after, metrics) = one_update(td3, once)  # the actor's turn comes with the second
     jax.tree.map(np.testing.assert_array_equal, before.learned.targets, after.learned.targets)
     jax.tree.map(np.testing.assert_array_equal, before.params["actor"], after.params["actor"])

@@ -82,7 +82,7 @@ def run_rlx(args: argparse.Namespace) -> dict[str, Any]:
         gamma=GAMMA,
         tau=TAU,
         batch_size=args.batch_size,
-        utd_ratio=args.updates / args.num_envs,
+        utd_ratio=(args.updates, args.num_envs),
         replay_size=REPLAY_SIZE,
         prefill_steps=0,
         actor_hidden=tuple(args.hidden),
