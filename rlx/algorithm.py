@@ -50,7 +50,7 @@ class Algorithm(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where experience comes from: environments (`rlx.rollout`), a data set, or both."""
+    """Where experience comes from: environments (`rlx.rollout`) or a data set (`rlx.data`)."""
 
     init: Callable[[Algorithm, Key], SourceState]
     refresh: Callable[[SourceState, Key], SourceState]  # once an epoch: new reset states

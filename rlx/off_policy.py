@@ -1,6 +1,7 @@
 """What off-policy learners share: an ensemble of critics, gradient steps on replayed batches, the settings of both.
 
-A learner's Config has the fields that `check` and `Experience` name.
+A learner's Config has the fields that `check`, `make_critics` and `make_off_policy` read. Observations are normalised
+with statistics of what the environments have shown, those of data sets beside them too; alone, by those of the data.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rlx.algorithm import Key, Plan
 from rlx.environment import random_action
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, activation, keep, select
-from rlx.replay import Batch, Draw, Replay, check_replay, make_replay, mix
+from rlx.replay import OBS_DTYPES, Batch, Draw, Replay, check_replay, make_replay, mix
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
 
 
@@ -116,7 +117,8 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
         if config.data_batch:
             assert data is not None, "data_batch without a data set"
             size, of_groups = config.data_batch // replay.num_groups, jax.random.split(data_key, replay.num_groups)
-            parts.append(jax.vmap(lambda key: data(key, size, config.n_step, config.gamma))(of_groups))
+            of_data = jax.vmap(lambda key: data(key, size, config.n_step, config.gamma))(of_groups)
+            parts.append(of_data._replace(obs=keep(of_data.obs, *keys), next_obs=keep(of_data.next_obs, *keys)))
         batch = mix(parts)
         obs, next_obs = (observe(experience.statistics, x) for x in (batch.obs, batch.next_obs))
         return batch._replace(obs=obs, next_obs=next_obs, reward=batch.reward * config.reward_scale)
@@ -132,13 +134,15 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
         """Stores a trajectory and runs `step(carry, batch, count, key) -> (carry, metrics)` on fresh draws.
 
         `count`: () int32, gradient steps before this one in the iteration. Metrics are means, and 0 while there is
-        nothing but gathering. The statistics of observations change last.
+        nothing but gathering. The statistics of observations come first: no gradient step is taken without any.
         """
         chex.assert_shape(trajectory.reward, (plan.unroll_length, plan.num_envs))
         chex.assert_type([trajectory.terminated, trajectory.truncated], bool)
         chex.assert_type(trajectory.reward, jnp.float32)
         obs = keep(trajectory.obs, *keys)
         trajectory = trajectory._replace(obs=obs, next_obs=keep(trajectory.next_obs, *keys))
+        if config.normalize_obs:
+            experience = experience._replace(statistics=normalize.update(experience.statistics, obs))
         if online:
             experience = experience._replace(rows=replay.insert(experience.rows, trajectory, iteration))
 
@@ -155,8 +159,7 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
             return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, carry, key)[1])
 
         carry, metrics = jax.lax.cond(iteration + 1 >= gathering, learn, gather, carry, key)
-        statistics = normalize.update(experience.statistics, obs) if config.normalize_obs else experience.statistics
-        return carry, Experience(experience.rows, statistics, experience.random & (iteration + 1 < gathering)), metrics
+        return carry, experience._replace(random=experience.random & (iteration + 1 < gathering)), metrics
 
     return OffPolicy(init, observe, explore, update, explorer, updates)
 
@@ -213,15 +216,18 @@ def check(config: Any, spec: Spec, plan: Plan, name: str) -> None:
     require(len(ratio) == 2 and min(ratio) > 0, "algo.utd_ratio", ratio, "two whole numbers above 0")
     allowed = f"at least a gradient step for the {steps} decisions of an iteration"
     require(updates_in(config, steps) >= 1, "algo.utd_ratio", ratio, allowed)
-    allowed = "as many gather everything that the run does: more total_steps"
-    enough = -(-config.prefill_steps // steps) <= plan.num_iterations
-    require(enough, "algo.prefill_steps", config.prefill_steps, allowed)
     part = config.data_batch
     require(0 <= part <= config.batch_size, "algo.data_batch", part, f"from 0 to batch_size = {config.batch_size}")
     require(config.dtype in DTYPES, "algo.dtype", config.dtype, f"one of {', '.join(DTYPES)}")
     activation(config.activation)
+    require(
+        config.replay_dtype in OBS_DTYPES, "algo.replay_dtype", config.replay_dtype, f"one of {', '.join(OBS_DTYPES)}"
+    )
     if part == config.batch_size:
         return
+    allowed = "as many gather everything that the run does: more total_steps"
+    enough = -(-config.prefill_steps // steps) <= plan.num_iterations
+    require(enough, "algo.prefill_steps", config.prefill_steps, allowed)
     sizes = (config.batch_size - part, part)
     kept = Spec(keep(spec.obs, config.actor_obs_key, config.critic_obs_key), spec.action)
     check_replay(plan, kept, config.replay_size, sizes, config.replay_dtype)

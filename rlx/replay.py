@@ -157,7 +157,6 @@ def _windows(
 def check_replay(plan: Plan, spec: Spec, size: int, batch_sizes: Sequence[int], obs_dtype: str) -> None:
     """Raises UserError for sizes that cannot be, or that do not fit a device, with the largest that does."""
     require(size >= 1, "algo.replay_size", size, "at least 1")
-    require(obs_dtype in OBS_DTYPES, "algo.replay_dtype", obs_dtype, f"one of {', '.join(OBS_DTYPES)}")
     replay = make_replay(size, batch_sizes, plan, spec, obs_dtype)
     allowed = (
         f"{plan.num_devices} devices need whole groups, and of num_groups = {plan.num_groups} it leaves "

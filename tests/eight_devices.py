@@ -27,6 +27,7 @@ from rlx.logging import Progress
 from rlx.schedule import TrainConfig, make_schedule
 from rlx.sharding import make_mesh, on_parts
 from rlx.training import maker, train, train_many
+from tests.kinds import OF_EACH_KIND
 from tests.test_training import assert_same_state, without_time
 from tests.worlds import Counter
 
@@ -72,7 +73,14 @@ def small(config):
     return dataclasses.replace(config, **{name: (8,) for name in ("actor_hidden", "critic_hidden") if name in fields})
 
 
-SETTINGS = [(name, small(importlib.import_module(module).Config())) for name, module in ALGORITHMS.items()]
+SETTINGS = [
+    pytest.param(
+        name,
+        small(importlib.import_module(ALGORITHMS[name]).Config()),
+        marks=[pytest.mark.slow] * (name not in OF_EACH_KIND),
+    )
+    for name in ALGORITHMS
+]
 OFF_POLICY = sac.Config(
     actor_hidden=(8,),
     critic_hidden=(8,),

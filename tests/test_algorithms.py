@@ -20,6 +20,7 @@ from rlx.algorithms import ALGORITHMS
 from rlx.epoch import TrainState, init_state, make_epoch
 from rlx.rollout import make_source
 from rlx.types import Box, Discrete, UserError
+from tests.kinds import OF_EACH_KIND, of_each_kind
 from tests.worlds import Counter
 
 PLAN = Plan(num_envs=8, unroll_length=8, num_iterations=4)
@@ -72,6 +73,7 @@ def setup(name: str, world: str):
 
 
 PAIRS = [(name, world) for name in ALGORITHMS for world in WORLDS if takes(name, world)]
+COSTLY = [(name, "continuous") for name in OF_EACH_KIND]  # those that costly tests meet every time
 every = pytest.mark.parametrize(("name", "world"), PAIRS)
 
 
@@ -181,7 +183,7 @@ def test_no_key_is_consumed_twice(name):
 
 @pytest.mark.parametrize(
     ("name", "world"),
-    [pytest.param(n, w, marks=[pytest.mark.slow] if w != "continuous" else []) for n, w in PAIRS],
+    [pytest.param(n, w, marks=[pytest.mark.slow] * ((n, w) not in COSTLY)) for n, w in PAIRS],
 )
 def test_seeds_and_float_settings_can_be_mapped_over(name, world):
     """`make` runs inside vmap: learning rates times seeds are one program, equal to each run alone."""
@@ -220,7 +222,7 @@ def test_every_setting_is_explained_and_the_file_reads_in_the_agreed_order(name)
     assert re.search(r"\d{4}\.\d{4,5}", module.__doc__), "the docstring cites the paper"
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", of_each_kind(ALGORITHMS))
 def test_the_epoch_with_mjx_physics_lowers_for_tpu_and_cuda(name):
     env, module = envs.make("playground/CartpoleBalance", physics="mjx"), module_of(name)
     algorithm = module.make(module.Config(), env.spec, PLAN)

@@ -51,7 +51,7 @@ def test_a_policy_is_rolled_out_and_learnt_from(trained, capsys, monkeypatch, tm
     assert run(capsys, "collect", tmp_path / "a", *COLLECT[:2], "--out", tmp_path / "c.npz", "--seed", "1")[0] == 0
     shutil.move(tmp_path / "a.npz", tmp_path / "moved.npz")
     assert run(capsys, "resume", tmp_path / "b", "--data", tmp_path / "moved.npz", "--quiet")[0] == 0
-    status, _, err = run(capsys, "resume", tmp_path / "b", "--data", "1.npz", "--data", "2.npz")
+    status, _, err = run(capsys, "resume", tmp_path / "b", "--data", "1.npz", "2.npz")
     assert status == 2 and "the 1 files that the run began with" in err
     shutil.move(tmp_path / "c.npz", tmp_path / "a.npz")
     status, _, err = run(capsys, "resume", tmp_path / "b")

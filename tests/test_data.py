@@ -362,6 +362,13 @@ def test_a_learner_mixes_data_with_what_it_sees_and_resumes_bit_for_bit(tmp_path
     assert "train/return" in whole.history[1]  # of environments
     plain = train(Counter(3), sac, SMALL, dataclasses.replace(MIXING, data_batch=0), progress=quiet())
     assert not np.array_equal(plain.state.learner.params["log_alpha"], whole.state.learner.params["log_alpha"])
+    with pytest.raises(UserError, match="at these settings sac learns from a data set"):
+        mixed("none", of=None)
+
+
+@pytest.mark.slow
+def test_many_runs_mix_the_same_data_each_with_what_it_sees(found):
+    alone = train(Counter(3), sac, SMALL, MIXING, data=found, progress=quiet())
     many = train_many(
         Counter(3),
         sac,
@@ -372,10 +379,8 @@ def test_a_learner_mixes_data_with_what_it_sees_and_resumes_bit_for_bit(tmp_path
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
         many["a"].state.learner.params,
-        whole.state.learner.params,
+        alone.state.learner.params,
     )
-    with pytest.raises(UserError, match="at these settings sac learns from a data set"):
-        mixed("none", of=None)
 
 
 def test_a_learner_that_replays_can_learn_from_data_alone(found):

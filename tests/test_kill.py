@@ -33,6 +33,7 @@ from rlx.epoch import init_state
 from rlx.logging import Progress, read_metrics
 from rlx.rollout import make_source
 from rlx.schedule import make_schedule
+from tests.kinds import of_each_kind
 
 # The smallest run of each algorithm. Its episodes are longer than an unroll, so a kill falls into the middle of some.
 # Replay is full, and goes around, several times before a kill.
@@ -182,10 +183,8 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert not list((folder / "checkpoints").glob("**/*.new")) + list((folder / "checkpoints").glob("**/*.old"))
 
 
-# One learner of each kind; the others with the slow tests.
-OF_EACH_KIND = [name if name in ("ppo", "sac") else pytest.param(name, marks=pytest.mark.slow) for name in sorted(RUNS)]
-TWO = pytest.mark.parametrize("name", OF_EACH_KIND, scope="module")
 EVERY = pytest.mark.parametrize("name", sorted(RUNS), scope="module")
+TWO = pytest.mark.parametrize("name", of_each_kind(sorted(RUNS)), scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +216,7 @@ def test_the_runs_here_have_a_best_policy_that_is_not_the_first_nor_the_last(who
     assert 0 < restored(whole)[3] < EPOCHS * 16
 
 
-@EVERY
+@TWO
 def test_a_run_killed_half_way_ends_as_if_nothing_had_happened(whole, killed, tmp_path):
     shutil.copytree(killed, tmp_path / "run")
     steps = Checkpointer(tmp_path / "run" / "checkpoints").steps()

@@ -22,6 +22,7 @@ from rlx.networks import MLP
 from rlx.off_policy import make_critics
 from rlx.schedule import TrainConfig, make_schedule
 from rlx.training import train
+from tests.kinds import of_each_kind
 
 TRAIN = TrainConfig(total_steps=64 * 16 * 60, num_envs=64, unroll_length=16, num_evals=1, eval_episodes=256)
 OFF_POLICY = {
@@ -99,8 +100,7 @@ def valued(name, world, obs=None):
 
 VALUED = [name for name in ALGORITHMS if name != "bc"]  # which has no values
 every = pytest.mark.parametrize("name", VALUED)
-# TD3's targets end as SAC's do, by the same code.
-most = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "td3")) for n in VALUED])
+most = pytest.mark.parametrize("name", of_each_kind(VALUED))  # TD3's targets end as SAC's do, by the same code
 
 
 @most
@@ -139,7 +139,9 @@ def test_of_two_ways_that_differ_in_their_ending_alone_each_has_its_value(name):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("world", ["action_reward_continuous", "obs_action_reward_continuous"])
+@pytest.mark.parametrize(
+    "world", [pytest.param("action_reward_continuous", marks=pytest.mark.slow), "obs_action_reward_continuous"]
+)
 def test_every_algorithm_finds_the_best_continuous_action(name, world):
     _, run = learn(name, f"probe/{world}")
     assert run.history[-1]["eval/return"] > -0.01  # minus the squared distance to the best action

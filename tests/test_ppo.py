@@ -57,7 +57,7 @@ def one_update(config, spec, iteration=0, seed=0):
 
 @pytest.mark.parametrize("spec", [CONTINUOUS, DISCRETE, ASYMMETRIC], ids=["continuous", "discrete", "asymmetric"])
 @pytest.mark.parametrize("recurrent", [False, True], ids=["feedforward", "recurrent"])
-@pytest.mark.parametrize("distribution", ["normal", "tanh_normal"])
+@pytest.mark.parametrize("distribution", ["normal", pytest.param("tanh_normal", marks=pytest.mark.slow)])
 def test_the_first_minibatch_has_a_ratio_of_one(spec, recurrent, distribution):
     config = dataclasses.replace(
         SMALL, recurrent=recurrent, distribution=distribution, critic_obs_key="privileged_state", num_minibatches=2

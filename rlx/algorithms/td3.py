@@ -36,7 +36,7 @@ class Config:
     tau: float = 0.005  # share of the networks that their targets take over
     n_step: int = 1  # rewards in a target
     batch_size: int = 256  # transitions a gradient step
-    utd_ratio: tuple[int, ...] = (1, 1)  # update-to-data: gradient steps, for so many decisions over all environments
+    utd_ratio: tuple[int, ...] = (1, 1)  # gradient steps, for so many decisions; rounded to whole steps an iteration
     replay_size: int = 1_000_000  # transitions kept, over all environments; rounded up to whole iterations
     replay_dtype: str = "float32"  # of stored observations: float32, bfloat16 or uint8 (whole numbers 0 to 255)
     prefill_steps: int = 5_000  # decisions, over all environments, before the first gradient step

@@ -125,7 +125,7 @@ def resume(arguments: list[str]) -> int:
         "--num-devices", type=int, metavar="N", help="others than it was begun with; 0: as many as it can"
     )
     parser.add_argument(
-        "--data", action="append", default=[], metavar="FILE", help="where a data set lies now; once for each, in order"
+        "--data", nargs="+", default=[], metavar="FILE", help="where its data sets lie now, in their order"
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
     options = parser.parse_args(arguments)

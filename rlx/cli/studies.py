@@ -117,13 +117,14 @@ def plan(every: Sequence[tuple[Program, Pair]], chosen: Sequence[Program], out: 
                 check_unchanged(one)
             planned = [one for one in planned if one.program in chosen]
             from rlx.schedule import make_schedule
-            from rlx.training import build_algorithm
+            from rlx.training import build_algorithm, check_data
         with shown.phase("building"):
             for one in planned:
                 if not one.finished:
                     env, (train_config, config) = load_env(one.pair), next(iter(one.runs.values()))
                     algorithm = load_algorithm(one.pair)
-                    build_algorithm(algorithm, config, env, make_schedule(env, train_config, len(one.runs)).plan)
+                    plan = make_schedule(env, train_config, len(one.runs)).plan
+                    check_data(algorithm, config, build_algorithm(algorithm, config, env, plan), env, None)
     return planned
 
 

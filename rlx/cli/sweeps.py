@@ -167,14 +167,15 @@ def check(content: Mapping[str, Any], algorithm: Any) -> None:
     Writes into `content` which engine "auto" is here: all programs have the same, wherever they go on.
     """
     from rlx.schedule import make_schedule
-    from rlx.training import build_algorithm
+    from rlx.training import build_algorithm, check_data
 
     for program in content["programs"]:
         pair, runs = of_program(program, algorithm)
         env = load_env(pair)
         program["pair"]["physics"] = env.spec.physics or pair.physics
         for train_config, config in runs.values():
-            build_algorithm(algorithm, config, env, make_schedule(env, train_config, len(runs)).plan)
+            built = build_algorithm(algorithm, config, env, make_schedule(env, train_config, len(runs)).plan)
+            check_data(algorithm, config, built, env, None)
 
 
 def go_on(folder: Path, shown: Progress, num_devices: int | None = None) -> int:
