@@ -66,21 +66,23 @@ def report(
     takes += f"{mib(needed.temporaries)} of temporaries"
     progress.message(f"{where}: {what}, {takes}{of}")
     copies = 2 if jax.default_backend() == "cpu" else 1  # a checkpoint begins with a copy of the state on the host
-    needed = needed._replace(temporaries=max(needed.temporaries, (copies - 1) * (needed.state - read)))
-    if free and needed.total > free:
+    total = needed.state + max(needed.temporaries, (copies - 1) * (needed.state - read))
+    if free and total > free:
         # Parameters, the pool, what the learner keeps of the past: whatever the environments.
-        fixed = needed.state - bytes_per_env(state.source) // share
-        fit = plan.num_envs * (free - fixed) // max(needed.total - fixed, 1)
-        power = 2 ** int(math.log2(fit)) if fit >= plan.num_devices else 0
-        advice = [f"about num_envs = {power}"] if power else ["fewer environments, shorter unrolls, smaller networks"]
+        of_envs = bytes_per_env(state.source) // share
+        fixed = copies * (needed.state - read - of_envs) + read
+        fit = plan.num_envs * (free - fixed) // max(of_envs + max(needed.temporaries, (copies - 1) * of_envs), 1)
+        power = 2 ** int(math.log2(fit)) if plan.num_devices <= fit < plan.num_envs else 0
+        advice = [f"about num_envs = {power}"] if power else []
         if kept:
-            room = max(0.0, (free - (needed.total - copies * kept)) / (copies * kept))
-            advice += [f"{min(room, 1.0):.0%} of the experience in the learner, which takes {mib(kept)}"]
+            room = (free - needed.total + kept) / kept, (free - fixed - copies * (of_envs - kept)) / (copies * kept)
+            advice += [f"{max(min(*room), 0.0):.0%} of the experience in the learner, which takes {mib(kept)}"]
+        advice += [] if advice else ["fewer environments, shorter unrolls, smaller networks"]
         advice += ["fewer runs in one program"] if num_runs > schedule.num_run_devices else []
         advice += ["more of the devices (num_devices)"] if unused else []
         advice += ["less data"] if read else []
         raise UserError(
-            f"the run takes {mib(needed.total)} on each device, which has {mib(free)} free. What would help: "
+            f"the run takes {mib(total)} on each device, which has {mib(free)} free. What would help: "
             f"{', '.join(advice)}."
         )
 

@@ -95,7 +95,8 @@ class Running:
 
         key = self._key = jax.random.key(case.train.seed)
         start = time.perf_counter()
-        traced = [jax.jit(lambda key: init_state(algorithm, source, key)).trace(key)]
+        late = jnp.asarray(2**20, jnp.int32)  # behind whatever a learner begins with, such as gathering experience
+        traced = [jax.jit(lambda key: init_state(algorithm, source, key)._replace(iteration=late)).trace(key)]
         state = traced[0].out_info
         traced.append(jax.jit(refresh, donate_argnums=0).trace(state, key))
         traced.append(jax.jit(iterate, donate_argnums=0).trace(state, jnp.zeros((), jnp.int32)))

@@ -109,3 +109,23 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(tmp_path, monkeypatc
     ):
         train(Counter(5), ppo, sizes, run_dir=tmp_path / "run", progress=Progress(quiet=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_share_of_the_experience_that_is_advised_fits(monkeypatch):
+    monkeypatch.setattr(footprint, "free_memory", lambda num_devices: 2_000_000)
+    config = sac.Config(actor_hidden=(8,), critic_hidden=(8,), batch_size=4, replay_size=50_000, prefill_steps=0)
+    with pytest.raises(UserError, match=r"\d% of the experience in the learner") as error:
+        train(Counter(5), sac, SMALL, config, progress=Progress(quiet=True))
+    assert "num_envs" not in str(error.value)  # fewer of them would change nothing
+    percent = int(re.search(r"(\d+)% of the experience", str(error.value))[1])
+    assert 10 < percent < 90
+    train(
+        Counter(5),
+        sac,
+        SMALL,
+        dataclasses.replace(config, replay_size=500 * (percent - 1)),
+        progress=Progress(quiet=True),
+    )
+    with pytest.raises(UserError, match="of the experience"):
+        more = dataclasses.replace(config, replay_size=500 * (percent + 3))
+        train(Counter(5), sac, SMALL, more, progress=Progress(quiet=True))

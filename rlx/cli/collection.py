@@ -13,7 +13,7 @@ from rlx.logging import Progress
 WORDS = ("random", "latest", "best")
 
 
-class Source(NamedTuple):
+class PolicyOf(NamedTuple):
     """One RUN_DIR[@POLICY][:SHARE]."""
 
     run_dir: str
@@ -21,7 +21,7 @@ class Source(NamedTuple):
     share: float | None
 
 
-def parse_source(text: str, policy: str) -> Source:
+def parse_source(text: str, policy: str) -> PolicyOf:
     """Raises UserError for a policy that there is not."""
     name, share = split_share(text)
     run_dir, at, given = name.rpartition("@")
@@ -29,7 +29,7 @@ def parse_source(text: str, policy: str) -> Source:
         name, policy = run_dir, given
     ok = policy in WORDS or policy.isdecimal()
     require(ok, "policy", policy, f"{', '.join(WORDS)}, or the step of a checkpoint")
-    return Source(name, policy, share)
+    return PolicyOf(name, policy, share)
 
 
 def collect(arguments: list[str]) -> int:
@@ -85,7 +85,7 @@ def collect(arguments: list[str]) -> int:
     return 0
 
 
-def load_runs(sources: list[Source], physics: str) -> list[LoadedRun]:
+def load_runs(sources: list[PolicyOf], physics: str) -> list[LoadedRun]:
     """The runs of all sources. Raises UserError where they are not of one environment."""
     loaded: dict[str, LoadedRun] = {}
     for source in sources:
@@ -99,7 +99,7 @@ def load_runs(sources: list[Source], physics: str) -> list[LoadedRun]:
     return [loaded[source.run_dir] for source in sources]
 
 
-def build_part(source: Source, run: LoadedRun, steps: int, mode: Any, env: Any) -> Any:
+def build_part(source: PolicyOf, run: LoadedRun, steps: int, mode: Any, env: Any) -> Any:
     """The policy of a source. Raises UserError for a checkpoint that there is not."""
     from rlx.collection import Part, random_policy
     from rlx.training import load_policy
