@@ -90,12 +90,11 @@ def observations(world):
     return np.stack(seen)
 
 
-def valued(name, world, obs=None):
+def valued(name, world, obs=None, **changes):
     """What algorithm `name` values observations at once it has learnt; those of an episode, if none are given."""
-    config, run = learn(name, f"probe/{world}")
-    return values(
-        name, config, run, envs.make(f"probe/{world}"), observations(f"probe/{world}") if obs is None else obs
-    )
+    config, run = learn(name, f"probe/{world}", **changes)
+    obs = observations(f"probe/{world}") if obs is None else obs
+    return values(name, config, run, envs.make(f"probe/{world}"), obs)
 
 
 VALUED = [name for name in ALGORITHMS if name != "bc"]  # which has no values
@@ -135,7 +134,11 @@ def test_values_do_not_bootstrap_at_terminations(name):
 @every
 def test_of_two_ways_that_differ_in_their_ending_alone_each_has_its_value(name):
     """Terminated: 1. Truncated: 1 / (1 - gamma) = 10. Before, the better one's: 9."""
-    np.testing.assert_allclose(valued(name, "fork", [[1.0], [-1.0], [0.0]]), [1.0, 10.0, 9.0], rtol=0, atol=0.5)
+    changes = (
+        {"actor_learning_rate": 3e-4} if name == "td3" else {}
+    )  # a faster one may stay at the border it meets first
+    found = valued(name, "fork", [[1.0], [-1.0], [0.0]], **changes)
+    np.testing.assert_allclose(found, [1.0, 10.0, 9.0], rtol=0, atol=0.5)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
