@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from rlx import normalize
 from rlx.algorithm import Key, Plan
@@ -24,33 +23,34 @@ from rlx.types import Box, Metrics, PyTree, Spec, Transition
 
 
 class Critics(NamedTuple):
-    """E action values with parameters of their own, leaves [E, ...]."""
+    """E action values with parameters of their own, leaves [E, ...]; observations as a batch holds them."""
 
-    init: Callable[[Key, jax.Array, jax.Array], PyTree]  # (key, obs [d], action [a])
-    apply: Callable[[PyTree, jax.Array, jax.Array], jax.Array]  # (params, obs [B, d], action [B, a]) -> [E, B] float32
+    init: Callable[[Key], PyTree]
+    apply: Callable[[PyTree, PyTree, jax.Array], jax.Array]  # (params, obs, action [B, a]) -> [E, B] float32
+    loss: Callable[[PyTree, Batch, jax.Array], tuple[jax.Array, Metrics]]  # (params, batch, targets [B])
 
 
-def make_critics(config: Any) -> Critics:
-    """`num_critics` of them, of `critic_hidden`, with `layer_norm` or without."""
+def make_critics(config: Any, spec: Spec) -> Critics:
+    """`num_critics` of them, of `critic_hidden`, with `layer_norm` or without, that read `critic_obs_key`."""
+    assert isinstance(spec.action, Box)
     network = MLP(config.critic_hidden, 1, config.activation, layer_norm=config.layer_norm, dtype=DTYPES[config.dtype])
+    width = select(spec.obs, config.critic_obs_key).shape[0] + spec.action.shape[0]
 
-    def inputs(obs: jax.Array, action: jax.Array) -> jax.Array:
-        return jnp.concatenate([obs, action], axis=-1)
-
-    def init(key: Key, obs: jax.Array, action: jax.Array) -> PyTree:
+    def init(key: Key) -> PyTree:
         keys = jax.random.split(key, config.num_critics)
-        return jax.vmap(network.init, (0, None))(keys, inputs(obs, action))
+        return jax.vmap(network.init, (0, None))(keys, jnp.zeros(width, jnp.float32))
 
-    def apply(params: PyTree, obs: jax.Array, action: jax.Array) -> jax.Array:
-        values = jax.vmap(network.apply, (0, None))(params, inputs(obs, action))
-        return values.squeeze(-1).astype(jnp.float32)
+    def apply(params: PyTree, obs: PyTree, action: jax.Array) -> jax.Array:
+        inputs = jnp.concatenate([select(obs, config.critic_obs_key), action], axis=-1)
+        return jax.vmap(network.apply, (0, None))(params, inputs).squeeze(-1).astype(jnp.float32)
 
-    return Critics(init, apply)
+    def loss(params: PyTree, batch: Batch, targets: jax.Array) -> tuple[jax.Array, Metrics]:
+        """1/2 E[(Q_i(s, a) - y)^2], summed over the ensemble."""
+        values = apply(params, batch.obs, batch.action)
+        error = 0.5 * jnp.square(values - targets[None]).mean(axis=1).sum()
+        return error, {"critic_loss": error, "q": values.mean(), "target": targets.mean()}
 
-
-def squared_error(values: jax.Array, targets: jax.Array) -> jax.Array:
-    """1/2 E[(Q_i(s, a) - y)^2], summed over the ensemble: `values` [E, B], `targets` [B]."""
-    return 0.5 * jnp.square(values - targets[None]).mean(axis=1).sum()
+    return Critics(init, apply, loss)
 
 
 class Experience(NamedTuple):
@@ -173,23 +173,6 @@ def updates_in(config: Any, decisions: int) -> int:
 def uses_data(config: Any) -> str:
     """Whether batches come out of data sets: not at all, in part ("beside" environments), or "alone"."""
     return "" if not config.data_batch else "beside" if config.data_batch < config.batch_size else "alone"
-
-
-def adam(max_grad_norm: float | jax.Array) -> optax.GradientTransformation:
-    """Adam without its step size, which may be traced: see `descend`."""
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.scale_by_adam())
-
-
-def descend(
-    optimizer: optax.GradientTransformation,
-    rate: float | jax.Array,
-    params: PyTree,
-    state: optax.OptState,
-    grads: PyTree,
-) -> tuple[PyTree, optax.OptState]:
-    """One gradient step of size `rate`."""
-    updates, state = optimizer.update(grads, state)
-    return jax.tree.map(lambda p, u: p - rate * u, params, updates), state
 
 
 def check(config: Any, spec: Spec, plan: Plan, name: str) -> None:

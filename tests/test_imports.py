@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = {"rlx.errors", "rlx.types", "rlx.machine"}
 CONTRACT = BASE | {"rlx.environment", "rlx.algorithm"}
 SHARED = {"returns", "replay", "normalize", "distributions", "networks", "statistics", "minibatches", "comparison"}
-SHARED |= {"off_policy", "sharding"}
+SHARED |= {"off_policy", "optimization", "sharding"}
 DRIVER = {"training", "rollout", "evaluation", "checkpoint", "checkpoint_store", "compilation", "data", "logging"}
 DRIVER |= {
     "epoch",

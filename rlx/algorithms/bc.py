@@ -21,6 +21,7 @@ from rlx.distributions import Categorical, Normal, TanhNormal
 from rlx.errors import require
 from rlx.minibatches import check_minibatches, scan_minibatches
 from rlx.networks import MLP, activation, select
+from rlx.optimization import descend
 from rlx.types import Box, Discrete, PyTree, Spec, Transition
 
 
@@ -111,8 +112,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         def step(carry, batch: Transition, key: Key):
             params, opt_state = carry
             value, grads = jax.value_and_grad(loss)(params, batch)
-            updates, opt_state = optimizer.update(grads, opt_state)
-            return (jax.tree.map(lambda p, u: p - config.learning_rate * u, params, updates), opt_state), value
+            return descend(optimizer, config.learning_rate, params, opt_state, grads), value
 
         (params, opt_state), losses = scan_minibatches(
             step, (state.params, state.optimizer), trajectory, key, 1, config.num_minibatches, False, plan.num_groups

@@ -26,6 +26,7 @@ from rlx.distributions import Categorical, Normal, TanhNormal
 from rlx.errors import require
 from rlx.minibatches import check_minibatches, scan_minibatches
 from rlx.networks import GRU, MLP, activation, select
+from rlx.optimization import adam, descend
 from rlx.returns import gae
 from rlx.types import Box, Discrete, PyTree, Spec, Transition
 
@@ -140,7 +141,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
     encoder = GRU(config.memory_size)
     actor = MLP(config.actor_hidden, outputs, config.activation, output_scale=0.01)
     critic = MLP(config.critic_hidden, 1, config.activation)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+    optimizer = adam(config.max_grad_norm, eps=1e-5)
     segments = config.recurrent or config.gae_per_minibatch
 
     def memory(key: Key) -> PyTree:
@@ -287,8 +288,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
             params, opt_state, learning_rate = carry
             (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
             learning_rate = adapted(learning_rate, metrics["kl"])
-            updates, opt_state = optimizer.update(grads, opt_state)
-            params = jax.tree.map(lambda p, u: p - anneal * learning_rate * u, params, updates)
+            params, opt_state = descend(optimizer, anneal * learning_rate, params, opt_state, grads)
             return (params, opt_state, learning_rate), metrics | {"grad_norm": optax.tree.norm(grads)}
 
         batch = estimate(state.params, seen)

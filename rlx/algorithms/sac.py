@@ -27,7 +27,8 @@ from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.distributions import TanhNormal
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, select
-from rlx.off_policy import Experience, Explorer, adam, descend, make_critics, make_off_policy, squared_error
+from rlx.off_policy import Experience, Explorer, make_critics, make_off_policy
+from rlx.optimization import adam, descend
 from rlx.replay import Batch, Draw
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
 
@@ -110,7 +111,7 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
     action_size = spec.action.shape[0]
     target_entropy = -config.target_entropy_scale * action_size
     actor = MLP(config.actor_hidden, 2 * action_size, config.activation, dtype=DTYPES[config.dtype])
-    critics = make_critics(config)
+    critics = make_critics(config, spec)
     experience = make_off_policy(config, spec, plan, data)
     optimizers = {name: adam(config.max_grad_norm) for name in ("actor", "critic")}
     optimizers["log_alpha"] = optax.scale_by_adam()
@@ -122,13 +123,10 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         mean, raw_std = jnp.split(out, 2, axis=-1)
         return TanhNormal(mean, jax.nn.softplus(raw_std) + config.min_std)
 
-    def values(params: PyTree, obs: PyTree, action: jax.Array) -> jax.Array:
-        return critics.apply(params, select(obs, config.critic_obs_key), action)
-
     def init(key: Key, policy: SACPolicy | None = None) -> SACState:
         actor_key, critic_key = jax.random.split(key)
         obs = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), spec.obs)
-        critic = critics.init(critic_key, select(obs, config.critic_obs_key), jnp.zeros(action_size, jnp.float32))
+        critic = critics.init(critic_key)
         params = {
             "actor": actor.init(actor_key, select(obs, config.actor_obs_key)) if policy is None else policy.actor,
             "critic": critic,
@@ -153,25 +151,19 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         """y of eq. 3 and 5, [batch]."""
         pi = distribution(learned.params["actor"], batch.next_obs)
         raw_action = pi.sample(action_key)
-        next_values = values(learned.target_critic, batch.next_obs, pi.to_action(raw_action))
+        next_values = critics.apply(learned.target_critic, batch.next_obs, pi.to_action(raw_action))
         if config.target_subset:
             next_values = jax.random.permutation(subset_key, next_values)[: config.target_subset]
         alpha = jnp.exp(learned.params["log_alpha"])
         return batch.reward + batch.discount * (next_values.min(axis=0) - alpha * pi.log_prob(raw_action))
-
-    def critic_loss(params: PyTree, batch: Batch, targets: jax.Array) -> tuple[jax.Array, Metrics]:
-        """J_Q, eq. 5, summed over the ensemble."""
-        found = values(params, batch.obs, batch.action)
-        loss = squared_error(found, targets)
-        return loss, {"critic_loss": loss, "q": found.mean(), "target": targets.mean()}
 
     def actor_loss(params: PyTree, critic: PyTree, log_alpha: jax.Array, batch: Batch, key: Key):
         """J_pi, eq. 9; and E[-log pi], an estimate of the entropy."""
         pi = distribution(params, batch.obs)
         raw_action = pi.sample(key)
         log_prob = pi.log_prob(raw_action)
-        found = values(critic, batch.obs, pi.to_action(raw_action))
-        value = found.mean(axis=0) if config.mean_critic else found.min(axis=0)
+        values = critics.apply(critic, batch.obs, pi.to_action(raw_action))
+        value = values.mean(axis=0) if config.mean_critic else values.min(axis=0)
         loss = (jnp.exp(log_alpha) * log_prob - value).mean()
         return loss, {"actor_loss": loss, "entropy": -log_prob.mean(), "std": pi.std.mean()}
 
@@ -189,7 +181,7 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
 
         target_key, subset_key, actor_key = jax.random.split(key, 3)
         wanted = jax.lax.stop_gradient(targets(learned, batch, target_key, subset_key))
-        grads, of_critic = jax.grad(critic_loss, has_aux=True)(params["critic"], batch, wanted)
+        grads, of_critic = jax.grad(critics.loss, has_aux=True)(params["critic"], batch, wanted)
         improve("critic", grads)
         grads, of_actor = jax.grad(actor_loss, has_aux=True)(
             params["actor"], params["critic"], params["log_alpha"], batch, actor_key

@@ -23,7 +23,8 @@ from rlx import off_policy
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, select
-from rlx.off_policy import Experience, Explorer, adam, descend, make_critics, make_off_policy, squared_error
+from rlx.off_policy import Experience, Explorer, make_critics, make_off_policy
+from rlx.optimization import adam, descend
 from rlx.replay import Batch, Draw
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
 
@@ -100,20 +101,17 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
     assert isinstance(spec.action, Box)
     action_size = spec.action.shape[0]
     actor = MLP(config.actor_hidden, action_size, config.activation, dtype=DTYPES[config.dtype])
-    critics = make_critics(config)
+    critics = make_critics(config, spec)
     experience = make_off_policy(config, spec, plan, data)
     optimizer = adam(config.max_grad_norm)
 
     def actions(params: PyTree, obs: PyTree) -> jax.Array:
         return jnp.tanh(actor.apply(params, select(obs, config.actor_obs_key)).astype(jnp.float32))
 
-    def values(params: PyTree, obs: PyTree, action: jax.Array) -> jax.Array:
-        return critics.apply(params, select(obs, config.critic_obs_key), action)
-
     def init(key: Key, policy: TD3Policy | None = None) -> TD3State:
         actor_key, critic_key = jax.random.split(key)
         obs = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), spec.obs)
-        critic = critics.init(critic_key, select(obs, config.critic_obs_key), jnp.zeros(action_size, jnp.float32))
+        critic = critics.init(critic_key)
         params = {
             "actor": actor.init(actor_key, select(obs, config.actor_obs_key)) if policy is None else policy.actor,
             "critic": critic,
@@ -139,18 +137,13 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         noise = config.target_noise * jax.random.normal(key, batch.action.shape, jnp.float32)
         noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)
         action = jnp.clip(actions(learned.targets["actor"], batch.next_obs) + noise, -1.0, 1.0)
-        return batch.reward + batch.discount * values(learned.targets["critic"], batch.next_obs, action).min(axis=0)
-
-    def critic_loss(params: PyTree, batch: Batch, targets: jax.Array) -> tuple[jax.Array, Metrics]:
-        """J_Q, summed over the ensemble."""
-        found = values(params, batch.obs, batch.action)
-        loss = squared_error(found, targets)
-        return loss, {"critic_loss": loss, "q": found.mean(), "target": targets.mean()}
+        next_values = critics.apply(learned.targets["critic"], batch.next_obs, action)
+        return batch.reward + batch.discount * next_values.min(axis=0)
 
     def actor_loss(params: PyTree, critic: PyTree, batch: Batch) -> jax.Array:
         """J_pi: minus the first critic's value."""
         first = jax.tree.map(lambda x: x[:1], critic)
-        return -values(first, batch.obs, actions(params, batch.obs)).mean()
+        return -critics.apply(first, batch.obs, actions(params, batch.obs)).mean()
 
     def delayed(learned: Learned, batch: Batch) -> tuple[Learned, Metrics]:
         """A gradient step of the actor, and the targets' part of what was learnt."""
@@ -165,7 +158,7 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         """One gradient step; `turn` 0 is the actor's too."""
         params, states = dict(learned.params), dict(learned.optimizers)
         wanted = jax.lax.stop_gradient(targets(learned, batch, key))
-        grads, metrics = jax.grad(critic_loss, has_aux=True)(params["critic"], batch, wanted)
+        grads, metrics = jax.grad(critics.loss, has_aux=True)(params["critic"], batch, wanted)
         rate = config.critic_learning_rate
         params["critic"], states["critic"] = descend(optimizer, rate, params["critic"], states["critic"], grads)
         learned = Learned(params, learned.targets, states)
