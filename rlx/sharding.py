@@ -77,7 +77,10 @@ def on_all(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any
 
 
 def per_env(kind: Kind) -> Kind:
-    """Decorates a class of states whose leaves are all [B, ...]: they are split; what is in no such class is not."""
+    """Decorates a class of states whose leaves are all [B, ...]: they are split; what is in no such class is not.
+
+    In a learner it is also its past (`without_past`): what a run that meets a NaN does not take back.
+    """
     _PER_ENV.add(kind)
     return kind
 

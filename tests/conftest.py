@@ -19,7 +19,7 @@ def pytest_configure(config):
     An XLA that does not know a flag says so and ends the process.
     """
     if config.option.markexpr != "slow":
-        quick = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
+        quick = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
         os.environ.setdefault("XLA_FLAGS", quick)
 
 

@@ -106,7 +106,8 @@ def test_one_iteration_sends_nothing_larger_than_the_parameters(name, config):
 
 @pytest.mark.slow
 def test_data_beside_environments_are_drawn_on_every_device_for_itself(tmp_path):
-    env, config = Counter(5), dataclasses.replace(OFF_POLICY, data_batch=16)
+    """The batch, 1,024 transitions, is larger than the parameters: as a message it would be seen."""
+    env, config = Counter(5), dataclasses.replace(OFF_POLICY, batch_size=1024, data_batch=512)
     collect(env, [Part(random_policy(env.spec), (), 2000)], tmp_path / "a.npz", progress=quiet())
     found = data.read([(tmp_path / "a.npz", None)], env)
     messages, size = messages_of(sac, config, WIDE, found._replace(source=None))

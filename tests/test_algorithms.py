@@ -74,7 +74,13 @@ def setup(name: str, world: str):
 
 PAIRS = [(name, world) for name in ALGORITHMS for world in WORLDS if takes(name, world)]
 COSTLY = [(name, "continuous") for name in OF_EACH_KIND]  # those that costly tests meet every time
-every = pytest.mark.parametrize(("name", "world"), PAIRS)
+every = pytest.mark.parametrize(
+    ("name", "world"),
+    [
+        pytest.param(name, world, marks=[pytest.mark.slow] * (name not in OF_EACH_KIND and world != "continuous"))
+        for name, world in PAIRS
+    ],
+)
 
 
 def test_every_algorithm_takes_a_world():
@@ -167,7 +173,7 @@ def test_the_ratio_of_the_first_minibatch_is_one(name, world):
         assert float(metrics.train["first_ratio_deviation"]) < 2e-6
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", of_each_kind(ALGORITHMS))
 def test_no_key_is_consumed_twice(name):
     """jax's own checker over init, act (through collect) and update."""
     env, module = WORLDS["continuous"], module_of(name)

@@ -202,7 +202,9 @@ def breaking(shown=True):
     return types.SimpleNamespace(Config=Breaking, make=make, __name__="breaking")
 
 
-@pytest.mark.parametrize(("per_epoch", "shown"), [(1, True), pytest.param(2, False, marks=pytest.mark.slow), (5, True)])
+@pytest.mark.parametrize(
+    ("per_epoch", "shown"), [*(pytest.param(*v, marks=pytest.mark.slow) for v in [(1, True), (2, False)]), (5, True)]
+)
 def test_a_run_that_is_not_finite_stops_and_the_others_never_notice(tmp_path, per_epoch, shown):
     """Whether a metric shows it or the learner alone, at an epoch's end or inside one."""
     small = dataclasses.replace(SMALL, iterations_per_epoch=per_epoch)

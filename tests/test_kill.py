@@ -185,6 +185,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 EVERY = pytest.mark.parametrize("name", sorted(RUNS), scope="module")
 TWO = pytest.mark.parametrize("name", of_each_kind(sorted(RUNS)), scope="module")
+ONE = pytest.mark.parametrize("name", of_each_kind(sorted(RUNS), ("ppo",)), scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,7 @@ def test_a_run_killed_half_way_ends_as_if_nothing_had_happened(whole, killed, tm
     assert_same_run(tmp_path / "run", whole)
 
 
-@TWO
+@ONE
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_serves(whole, killed, tmp_path):
     shutil.copytree(killed, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
@@ -241,7 +242,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_serves(whole
     assert_same_run(tmp_path / "run", whole)
 
 
-@TWO
+@ONE
 def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, name, tmp_path):
     run = train(name, tmp_path / "run", checkpoints=1)  # at the end
     run.read(REPORT, times=30)
@@ -250,7 +251,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, name, tmp_
     assert_same_run(tmp_path / "run", whole)
 
 
-@TWO
+@ONE
 @pytest.mark.parametrize("reader", ["reads on", pytest.param("has stopped reading", marks=pytest.mark.slow)])
 def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(whole, name, tmp_path, reader):
     """The signal may come while a report is being written, which takes as long as the reader likes."""

@@ -55,7 +55,11 @@ def one_update(config, spec, iteration=0, seed=0):
     return learner, trajectory, update(learner, trajectory, jnp.asarray(iteration), jax.random.key(3))
 
 
-@pytest.mark.parametrize("spec", [CONTINUOUS, DISCRETE, ASYMMETRIC], ids=["continuous", "discrete", "asymmetric"])
+@pytest.mark.parametrize(
+    "spec",
+    [CONTINUOUS, DISCRETE, pytest.param(ASYMMETRIC, marks=pytest.mark.slow)],
+    ids=["continuous", "discrete", "asymmetric"],
+)
 @pytest.mark.parametrize("recurrent", [False, True], ids=["feedforward", "recurrent"])
 @pytest.mark.parametrize("distribution", ["normal", pytest.param("tanh_normal", marks=pytest.mark.slow)])
 def test_the_first_minibatch_has_a_ratio_of_one(spec, recurrent, distribution):

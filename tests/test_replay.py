@@ -221,7 +221,7 @@ def test_a_ring_that_does_not_fit_is_refused_with_the_largest_that_does(monkeypa
     check_replay(PLAN, SPEC, largest, (8,), "float32")
 
 
-@pytest.mark.parametrize("num_runs", [1, 2], ids=["one run", "two runs"])
+@pytest.mark.parametrize("num_runs", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["one run", "two runs"])
 def test_a_whole_epoch_of_a_learner_copies_no_ring(num_runs):
     """Neither the loop around it, nor drawing, nor the guard against values that are not finite, needs a second one."""
     sizes = TrainConfig(total_steps=16 * 12, num_envs=4, unroll_length=4, iterations_per_epoch=6, num_evals=0)

@@ -49,7 +49,10 @@ def test_targets_take_the_smaller_value_and_bootstrap_at_time_limits_alone(termi
     assert metrics["q"] == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize(("num_critics", "subset"), [(1, 0), (2, 0), (5, 0), (5, 2), (5, 1)])
+@pytest.mark.parametrize(
+    ("num_critics", "subset"),
+    [(1, 0), (5, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(2, 0), (5, 0), (5, 1)])],
+)
 def test_ensembles_of_any_size_give_the_minimum_of_all_or_of_a_random_subset(num_critics, subset):
     config = dataclasses.replace(COLD, num_critics=num_critics, target_subset=subset, gamma=1.0, mean_critic=subset > 0)
     values = np.arange(num_critics) + 1.0
@@ -195,7 +198,14 @@ def test_actor_and_critic_read_their_own_entries_and_nothing_else_is_kept():
 
 @pytest.mark.parametrize(
     "change",
-    [{"n_step": 3}, {"layer_norm": True}, {"dtype": "bfloat16"}, {"replay_dtype": "bfloat16"}, {"max_grad_norm": 0.1}],
+    [
+        {"n_step": 3},
+        {"dtype": "bfloat16"},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in ({"layer_norm": True}, {"replay_dtype": "bfloat16"}, {"max_grad_norm": 0.1})
+        ),
+    ],
     ids=str,
 )
 def test_every_switch_changes_the_update_and_keeps_float32_parameters(change):

@@ -60,6 +60,16 @@ def test_targets_take_the_smallest_value_and_bootstrap_at_time_limits_alone(term
     assert float(metrics["actor_loss"]) == pytest.approx(-5.0)  # the first critic's, not the smallest
 
 
+def test_targets_are_those_of_windows_of_n_steps():
+    config = dataclasses.replace(ONE, gamma=0.9, n_step=3, critic_learning_rate=1e-20)
+    _, metrics = update_with(config, endings(False, False), lambda c: constant_critic(c, (0.0, 0.0)))
+    assert 1.5 < float(metrics["target"]) < 1 + 0.9 + 0.81  # those that begin with the newest two steps are shorter
+    _, metrics = update_with(config, endings(False, True), lambda c: constant_critic(c, (0.0, 0.0)))
+    assert float(metrics["target"]) == pytest.approx(1.0)
+    _, metrics = update_with(config, endings(False, False), lambda c: constant_critic(c, (10.0, 10.0)))
+    assert float(metrics["target"]) == pytest.approx(10.0)  # the value of 1 for ever, whatever the window
+
+
 def test_the_noise_of_target_actions_is_clipped_and_so_are_they():
     """With Q = +-a and noise far beyond its clip, a' = +-clip about the target action, within the box."""
 

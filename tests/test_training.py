@@ -156,7 +156,7 @@ def test_the_length_of_an_epoch_changes_nothing_but_the_pool():
     jax.tree.map(np.testing.assert_array_equal, one.state.learner, two.state.learner)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_stopped_and_resumed_run_equals_one_that_was_not(tmp_path, stop_after):
     whole = run(tmp_path / "whole")
     reports = []
@@ -254,7 +254,7 @@ def test_a_run_directory_holds_what_the_design_says(tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["machine"]["deterministic"] is True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_at_the_end_of_the_epoch_and_the_run_goes_on_from_there(tmp_path, number):
     sent = []
 
