@@ -481,7 +481,7 @@ def test_behaviour_cloning_finds_the_regulator_in_its_actions(tmp_path):
     _, _, _, key = jax.random.split(jax.random.key(config.seed), 4)  # as in training: the same starts and pushes
     own = float(jax.jit(make_evaluate(env, expert, config.eval_episodes))((), key).returns.mean())
     assert own == pytest.approx(best, rel=0.2)
-    for distribution, within in (("normal", 0.01), ("tanh_normal", 0.06)):  # where the expert saturates, tanh cannot
+    for distribution, within in (("normal", 0.03), ("tanh_normal", 0.06)):  # where the expert saturates, tanh cannot
         settings = bc.Config(num_minibatches=1, distribution=distribution, learning_rate=3e-3)
         found = data.read([(tmp_path / "a.npz", None)], env)
         result = train(env, bc, config, settings, data=found, progress=quiet())
