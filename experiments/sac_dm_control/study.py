@@ -1,9 +1,9 @@
 """SAC beside PPO on dm_control tasks of MuJoCo Playground, against steps and against wall-clock.
 
-`sac` and `ppo` have the settings and the budgets that ship: SAC's in hundreds of thousands of steps, PPO's in millions.
-`sac_parallel` has those of massively_parallel.toml: hundreds of environments, large batches. The figures of SAC are
-those of brax's SAC (mean and standard deviation over up to five public runs of other groups; Playground's settings:
-5M steps, 10M on CheetahRun and FingerSpin); those of PPO stand in `experiments/ppo_dm_control/study.py`.
+`sac` has the settings and the budgets that ship, in hundreds of thousands of steps; `ppo` the settings that ship and
+4M steps. `sac_parallel` has those of massively_parallel.toml: hundreds of environments, large batches. The figures of
+SAC are those of brax's SAC (mean and standard deviation over up to five public runs of other groups; Playground's
+settings: 5M steps, 10M on CheetahRun and FingerSpin); those of PPO stand in `experiments/ppo_dm_control/study.py`.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ STUDY = Study(
     algorithms={
         "sac": Variant("sac"),
         "sac_parallel": Variant("sac", read_file(Path(__file__).parent / "massively_parallel.toml")),
-        "ppo": Variant("ppo"),
+        "ppo": Variant("ppo", {"total_steps": 4_000_000}),
     },
     environments={f"playground/{task}": Task(low=0.0, high=1000.0) for task in TASKS},
     references={("sac", f"playground/{task}"): reference(task, *figures) for task, figures in BRAX_SAC.items()},
