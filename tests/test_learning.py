@@ -134,9 +134,8 @@ def test_values_do_not_bootstrap_at_terminations(name):
 @every
 def test_of_two_ways_that_differ_in_their_ending_alone_each_has_its_value(name):
     """Terminated: 1. Truncated: 1 / (1 - gamma) = 10. Before, the better one's: 9."""
-    changes = (
-        {"actor_learning_rate": 3e-4} if name == "td3" else {}
-    )  # a faster one may stay at the border it meets first
+    # A faster actor may stay at the border that it meets first.
+    changes = {"actor_learning_rate": 3e-4} if name == "td3" else {}
     found = valued(name, "fork", [[1.0], [-1.0], [0.0]], **changes)
     np.testing.assert_allclose(found, [1.0, 10.0, 9.0], rtol=0, atol=0.5)
 
