@@ -32,6 +32,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rlx import settings
 from rlx.algorithm import Algorithm, Plan
 from rlx.collection import random_policy
+from rlx.compilation import compile_program
 from rlx.environment import Environment
 from rlx.epoch import init_state, make_epoch
 from rlx.rollout import make_source
@@ -101,7 +102,7 @@ class Running:
         traced.append(jax.jit(refresh, donate_argnums=0).trace(state, key))
         traced.append(jax.jit(iterate, donate_argnums=0).trace(state, jnp.zeros((), jnp.int32)))
         middle = time.perf_counter()
-        init, self._refresh, self._iterate = (program.lower().compile() for program in traced)
+        init, self._refresh, self._iterate = (compile_program(program.lower()) for program in traced)
         self.times = {"tracing_s": middle - start, "compiling_s": time.perf_counter() - middle}
         self._state = init(key)
         self._steps = plan.steps_per_iteration

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rlx.algorithm import Algorithm, Key, Mode, Plan, Policy
+from rlx.compilation import compile_program
 from rlx.environment import Environment, random_action
 from rlx.errors import NonFiniteError
 from rlx.logging import Progress
@@ -68,7 +69,7 @@ def roll_out(
     init_key, run_key = jax.random.split(key)
     with progress.phase("compiling"):
         state = jax.jit(init)(init_key)
-        compiled = jax.jit(chunk, donate_argnums=1).lower(policy, state, run_key).compile()
+        compiled = compile_program(jax.jit(chunk, donate_argnums=1).lower(policy, state, run_key))
     host = None
     cut, finals = np.zeros(num_envs, bool), []
     with progress.phase("collecting"):

@@ -385,12 +385,12 @@ def test_the_doctor_goes_on_after_a_check_that_fails(monkeypatch):
 
 @pytest.mark.parametrize(
     ("variables", "before", "expected"),
-    [({}, "", 32), ({"JAX_NUM_CPU_DEVICES": "2"}, "", 2), ({}, "jax.devices()", 1)]
-    + [({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, "", 3)],
+    [({}, "", 3), ({"JAX_NUM_CPU_DEVICES": "2"}, "", 2), ({}, "jax.devices()", 1)]
+    + [({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "", 4)],
 )
 def test_programs_of_many_runs_have_cpu_devices_unless_a_number_is_named(variables, before, expected):
-    code = f"import jax; {before}\nfrom rlx.cli.programs import spread_over_cpu; spread_over_cpu()\n"
-    code += "print(len(jax.devices()))"
+    code = f"import jax; {before}\nfrom rlx.cli.programs import spread_over_cpu\n"
+    code += "spread_over_cpu(); spread_over_cpu(3); print(len(jax.devices()))"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | variables
     )

@@ -19,21 +19,24 @@ if TYPE_CHECKING:
 CPU_DEVICES = 32
 
 
-def spread_over_cpu() -> None:
-    """Gives JAX 32 CPU devices, before it begins: one for every run of a program of up to so many.
+def spread_over_cpu(num_runs: int = CPU_DEVICES) -> None:
+    """Gives JAX a CPU device for each of `num_runs` runs of a program, 32 at most, before it begins.
 
     On one device many runs are one batch, whose small matrix products XLA works off one after another, on a core and a
     half of two. With a device each, two cores train 3 and 16 runs of CartPole 1.9 and 2.2 times as fast, and 3 of
-    CheetahRun, most of whose time is native physics on all cores either way, 1.1 times (measured). Devices of another
-    kind are used before these; who names a number (JAX_NUM_CPU_DEVICES, XLA_FLAGS) keeps it, as does a process whose
-    JAX has begun.
+    CheetahRun, most of whose time is native physics on all cores either way, 1.1 times (measured). No more of them than
+    runs: XLA keeps a thread for every device, and those without work look for some (3 runs of SAC took 1.5 times as
+    long with 32 devices as with 3). Devices of another kind are used before these; who names a number
+    (JAX_NUM_CPU_DEVICES, XLA_FLAGS) keeps it, as does a process whose JAX has begun. May be called first for as many as
+    there may be, which keeps a user's file from beginning JAX with one, and again with their number.
     """
     import jax
 
     flags = os.environ.get("XLA_FLAGS", "")
-    if jax.config.values["jax_num_cpu_devices"] < 0 and "host_platform_device_count" not in flags:
+    number = jax.config.values["jax_num_cpu_devices"]
+    if (number < 0 or number == CPU_DEVICES) and "host_platform_device_count" not in flags:
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+            jax.config.update("jax_num_cpu_devices", min(num_runs, CPU_DEVICES))
 
 
 def finished(place: Path) -> bool:

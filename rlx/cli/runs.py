@@ -61,6 +61,8 @@ def train(arguments: list[str]) -> int:
         config = settings.build(algorithm.Config, settings.values(merged, "algo."))
         require(options.num_seeds >= 1, "num_seeds", options.num_seeds, "at least 1")
         many = options.num_seeds > 1
+        if many:
+            spread_over_cpu(options.num_seeds)
         require(not (many and options.wandb), "--wandb", options.wandb, "it takes one run at a time")
         run_dir = Path(options.run_dir or default_run_dir(pair, train_config.seed)).absolute()
         say(quiet, f"{pair.algorithm} on {pair.env}, seed {train_config.seed}, in {run_dir}")
@@ -137,7 +139,7 @@ def resume(arguments: list[str]) -> int:
         raise UserError(f"the runs in {options.run_dir!r} were not all begun: train them again, with --overwrite.")
     recorded = RunDirectory.open(members[0]).config
     if len(members) > 1:
-        spread_over_cpu()
+        spread_over_cpu(len(members))
     with Progress(quiet=options.quiet) as shown:
         with shown.phase("building"):
             run = load_run(members[0])

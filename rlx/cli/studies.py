@@ -109,7 +109,7 @@ def plan(every: Sequence[tuple[Program, Pair]], chosen: Sequence[Program], out: 
 
     Raises UserError for settings that cannot work, and for those of programs that were begun with others.
     """
-    spread_over_cpu()
+    spread_over_cpu(max(len(program.seeds) for program, _ in every))
     with Progress(quiet=quiet) as shown:
         with shown.phase("importing"):
             planned = [merge(program, pair, out) for program, pair in every]

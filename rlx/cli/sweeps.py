@@ -88,6 +88,7 @@ def sweep(arguments: list[str]) -> int:
         }
         folder = Path(options.run_dir or default_run_dir(pair, space.seed)).absolute()
         RunDirectory.check_free(folder)
+        spread_over_cpu(largest(content))
         with shown.phase("building"):
             check(content, algorithm)
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +179,11 @@ def check(content: Mapping[str, Any], algorithm: Any) -> None:
             check_data(algorithm, config, built, env, None)
 
 
+def largest(content: Mapping[str, Any]) -> int:
+    """Of a sweep's programs, the number of runs."""
+    return max(len(program["runs"]) for program in content["programs"])
+
+
 def go_on(folder: Path, shown: Progress, num_devices: int | None = None) -> int:
     """Runs what is missing of a sweep, on other devices if told, then prints and writes its table.
 
@@ -191,7 +197,7 @@ def go_on(folder: Path, shown: Progress, num_devices: int | None = None) -> int:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(folder / FILE)!r} is damaged: {error!r}.") from error
     require(found == FORMAT, "format", found, f"{FORMAT}: {str(folder / FILE)!r} is of another version of rlx")
-    spread_over_cpu()
+    spread_over_cpu(largest(content))
     algorithm = load_algorithm(recorded_pair(content["programs"][0]["pair"]))
     shown.close()  # each program has a bar of its own
     places = [folder / program["name"] for program in content["programs"]]
