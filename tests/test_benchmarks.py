@@ -291,10 +291,12 @@ def test_against_peers_trains_with_both_and_records_what_was_supplied_to_brax(pe
 def test_the_benchmark_of_replay_has_a_row_for_each_capacity(tmp_path, capsys):
     out = tmp_path / "replay.json"
     sizes = "--capacities 200 400 --num-envs 4 --unroll-length 4 --batch-size 8 --inner 2 --rounds 1 --n-step 2"
+    sizes += " --cold-inner 2 --evict 1"
     script("replay").main([*sizes.split(), "--out", str(out)])
     content = json.loads(out.read_text())
     assert [row["capacity"] for row in content["rows"]] == [208, 400]
-    assert all(row["insert_us"] > 0 < row["draw_us"] for row in content["rows"])
+    times = ("insert_us", "draw_us", "cold_insert_us", "cold_draw_us")
+    assert all(row[name] > 0 for row in content["rows"] for name in times)
     assert content["rows"][0]["bytes"] == 208 * (2 * 17 * 4 + 6 * 4 + 4 + 2)
     assert "1.00x" in capsys.readouterr().out
 
