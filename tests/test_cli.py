@@ -385,7 +385,7 @@ def test_the_doctor_goes_on_after_a_check_that_fails(monkeypatch):
 
 @pytest.mark.parametrize(
     ("variables", "before", "expected"),
-    [({}, "", 3), ({"JAX_NUM_CPU_DEVICES": "2"}, "", 2), ({}, "jax.devices()", 1)]
+    [({}, "", 3), ({"JAX_NUM_CPU_DEVICES": "32"}, "", 32), ({}, "jax.devices()", 1)]
     + [({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "", 4)],
 )
 def test_programs_of_many_runs_have_cpu_devices_unless_a_number_is_named(variables, before, expected):

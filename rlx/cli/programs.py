@@ -32,9 +32,8 @@ def spread_over_cpu(num_runs: int = CPU_DEVICES) -> None:
     """
     import jax
 
-    flags = os.environ.get("XLA_FLAGS", "")
-    number = jax.config.values["jax_num_cpu_devices"]
-    if (number < 0 or number == CPU_DEVICES) and "host_platform_device_count" not in flags:
+    named = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not named and jax.config.values["jax_num_cpu_devices"] in (-1, CPU_DEVICES):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", min(num_runs, CPU_DEVICES))
 
