@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = {"rlx.errors", "rlx.types", "rlx.machine"}
 CONTRACT = BASE | {"rlx.environment", "rlx.algorithm"}
 SHARED = {"returns", "replay", "normalize", "distributions", "networks", "statistics", "minibatches", "comparison"}
-SHARED |= {"off_policy", "optimization", "sharding"}
+SHARED |= {"off_policy", "on_policy", "optimization", "sharding", "actors", "flow", "diffusion"}
 DRIVER = {"training", "rollout", "evaluation", "checkpoint", "checkpoint_store", "compilation", "data", "logging"}
 DRIVER |= {
     "epoch",
@@ -65,7 +65,7 @@ SCRIPTS = dict([*ALL.items(), *modules("experiments"), *modules("tests")])
 
 def test_this_test_sees_the_code():
     assert {"rlx.training", "rlx.cli", "rlx.algorithms.ppo"} <= set(ALL)
-    assert "rlx.rollout" in own(ALL["rlx.compilation"]) and "rlx.normalize" in own(ALL["rlx.algorithms.ppo"])
+    assert "rlx.rollout" in own(ALL["rlx.compilation"]) and "rlx.on_policy" in own(ALL["rlx.algorithms.ppo"])
 
 
 def test_errors_and_types_import_nothing_above_them():

@@ -11,48 +11,11 @@ import pytest
 
 from rlx.algorithm import Plan
 from rlx.algorithms import ppo
-from rlx.types import Box, Discrete, Spec, Transition, UserError
+from rlx.networks import MLP
+from rlx.types import Transition, UserError
+from tests.on_policy import ASYMMETRIC, CONTINUOUS, DISCRETE, PLAN, draw_obs, one_update, trajectory_of
 
-CONTINUOUS = Spec(obs=jax.ShapeDtypeStruct((3,), jnp.float32), action=Box((2,)), episode_length=10)
-DISCRETE = dataclasses.replace(CONTINUOUS, action=Discrete(3))
-ASYMMETRIC = dataclasses.replace(
-    CONTINUOUS,
-    obs={"state": jax.ShapeDtypeStruct((3,), jnp.float32), "privileged_state": jax.ShapeDtypeStruct((5,), jnp.float32)},
-)
-PLAN = Plan(num_envs=4, unroll_length=6, num_iterations=10)
 SMALL = ppo.Config(actor_hidden=(8,), critic_hidden=(8,), memory_size=4, num_epochs=1, num_minibatches=1)
-
-
-def draw_obs(spec, key, shape):
-    leaves, tree = jax.tree.flatten(spec.obs)
-    keys = jax.random.split(key, len(leaves))
-    return tree.unflatten([3 + 2 * jax.random.normal(k, shape + x.shape) for k, x in zip(keys, leaves, strict=True)])
-
-
-def trajectory_of(algorithm, learner, spec, seed=0):
-    """A trajectory acted by the policy over observations drawn at random, with both kinds of ending in it."""
-    keys = jax.random.split(jax.random.key(seed), PLAN.unroll_length)
-    memory = jax.vmap(algorithm.memory)(jax.random.split(jax.random.key(1), PLAN.num_envs))
-    obs = draw_obs(spec, jax.random.key(2), (PLAN.num_envs,))
-    steps = []
-    for t, key in enumerate(keys):
-        memory, action, extras = algorithm.act(algorithm.policy(learner, "explore"), memory, obs, key, "explore")
-        next_obs = draw_obs(spec, key, (PLAN.num_envs,))
-        terminated = jnp.arange(PLAN.num_envs) == t
-        truncated = jnp.arange(PLAN.num_envs) == t - 2
-        steps.append(Transition(obs, action, jnp.full(4, float(t)), terminated, truncated, next_obs, extras))
-        done = terminated | truncated
-        memory = jax.tree.map(lambda m, done=done: jnp.where(done[:, None], 0.0, m), memory)
-        obs = draw_obs(spec, jax.random.fold_in(key, 1), (PLAN.num_envs,)) if done.any() else next_obs
-    return jax.tree.map(lambda *x: jnp.stack(x), *steps)
-
-
-def one_update(config, spec, iteration=0, seed=0):
-    algorithm = ppo.make(config, spec, PLAN)
-    learner = algorithm.init(jax.random.key(0))
-    trajectory = trajectory_of(algorithm, learner, spec, seed)
-    update = jax.jit(algorithm.update)
-    return learner, trajectory, update(learner, trajectory, jnp.asarray(iteration), jax.random.key(3))
 
 
 @pytest.mark.parametrize(
@@ -68,13 +31,13 @@ def test_the_first_minibatch_has_a_ratio_of_one(spec, recurrent, distribution):
     )
     if spec is not ASYMMETRIC:
         config = dataclasses.replace(config, critic_obs_key="state")
-    *_, (_, metrics) = one_update(config, spec)
+    *_, (_, metrics) = one_update(ppo, config, spec)
     assert float(metrics["first_ratio_deviation"]) < 2e-6
     assert abs(float(metrics["kl"])) < 1e-2
 
 
 def test_statistics_are_those_of_acting_and_update_last():
-    learner, trajectory, (state, metrics) = one_update(SMALL, CONTINUOUS)
+    learner, trajectory, (state, metrics) = one_update(ppo, SMALL, CONTINUOUS)
     assert float(metrics["first_ratio_deviation"]) < 2e-6
     np.testing.assert_allclose(state.statistics.mean, trajectory.obs.mean((0, 1)), rtol=1e-5)
     assert int(state.statistics.count[0]) == PLAN.num_envs * PLAN.unroll_length
@@ -122,35 +85,35 @@ def test_an_ended_episode_bootstraps_only_if_truncated():
 
 
 def test_annealing_reaches_zero_and_the_rate_adapts_to_the_kl():
-    *_, (half, metrics) = one_update(dataclasses.replace(SMALL, anneal_lr=True), CONTINUOUS, iteration=5)
+    *_, (half, metrics) = one_update(ppo, dataclasses.replace(SMALL, anneal_lr=True), CONTINUOUS, iteration=5)
     assert float(metrics["learning_rate"]) == pytest.approx(1.5e-4)
-    *_, (same, _) = one_update(dataclasses.replace(SMALL, learning_rate=1.5e-4), CONTINUOUS)
+    *_, (same, _) = one_update(ppo, dataclasses.replace(SMALL, learning_rate=1.5e-4), CONTINUOUS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), half.params, same.params)
     # the first minibatch's KL is 0 and tells nothing; the second's is far below target_kl / 2
     small = dataclasses.replace(SMALL, adaptive_lr=True, learning_rate=1e-4, target_kl=1.0, num_epochs=2)
-    *_, (state, _) = one_update(small, CONTINUOUS)
+    *_, (state, _) = one_update(ppo, small, CONTINUOUS)
     assert float(state.learning_rate) == pytest.approx(1.5e-4)
     eager = dataclasses.replace(SMALL, adaptive_lr=True, learning_rate=1e-2, target_kl=1e-6, num_epochs=3)
-    *_, (state, _) = one_update(eager, CONTINUOUS)
+    *_, (state, _) = one_update(ppo, eager, CONTINUOUS)
     assert float(state.learning_rate) == pytest.approx(1e-2 / 1.5**2, rel=1e-4)
 
 
 def test_advantages_from_the_current_critic_equal_the_first_ones_in_the_first_minibatch():
     columns = dataclasses.replace(SMALL, gae_per_minibatch=True)
-    *_, (_, once) = one_update(SMALL, CONTINUOUS)
-    *_, (_, every) = one_update(columns, CONTINUOUS)
+    *_, (_, once) = one_update(ppo, SMALL, CONTINUOUS)
+    *_, (_, every) = one_update(ppo, columns, CONTINUOUS)
     assert float(once["policy_loss"]) == pytest.approx(float(every["policy_loss"]), abs=1e-5)
     assert float(once["value_loss"]) == pytest.approx(float(every["value_loss"]), rel=1e-5)
     many = dataclasses.replace(SMALL, num_epochs=4)
-    *_, (_, once) = one_update(many, CONTINUOUS)
-    *_, (_, every) = one_update(dataclasses.replace(columns, num_epochs=4), CONTINUOUS)
+    *_, (_, once) = one_update(ppo, many, CONTINUOUS)
+    *_, (_, every) = one_update(ppo, dataclasses.replace(columns, num_epochs=4), CONTINUOUS)
     assert float(once["value_loss"]) != float(every["value_loss"])
 
 
 def test_value_clipping_holds_the_critic_back():
     free = dataclasses.replace(SMALL, num_epochs=40, learning_rate=1e-2, clip_eps=0.01, max_grad_norm=float("inf"))
-    *_, (_, loose) = one_update(free, CONTINUOUS)
-    *_, (_, tight) = one_update(dataclasses.replace(free, clip_value=True), CONTINUOUS)
+    *_, (_, loose) = one_update(ppo, free, CONTINUOUS)
+    *_, (_, tight) = one_update(ppo, dataclasses.replace(free, clip_value=True), CONTINUOUS)
     assert float(tight["value_loss"]) > float(loose["value_loss"])
 
 
@@ -158,8 +121,8 @@ def test_value_clipping_also_works_with_advantages_from_the_current_critic():
     columns = dataclasses.replace(
         SMALL, gae_per_minibatch=True, num_epochs=40, learning_rate=1e-2, clip_eps=0.01, max_grad_norm=float("inf")
     )
-    *_, (loose, _) = one_update(columns, CONTINUOUS)
-    *_, (tight, _) = one_update(dataclasses.replace(columns, clip_value=True), CONTINUOUS)
+    *_, (loose, _) = one_update(ppo, columns, CONTINUOUS)
+    *_, (tight, _) = one_update(ppo, dataclasses.replace(columns, clip_value=True), CONTINUOUS)
     moved = [jnp.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (loose.params, tight.params)), strict=True)]
     assert max(map(float, moved)) > 1e-2
 
@@ -170,7 +133,7 @@ def test_recurrent_values_of_successors_are_the_values_of_the_next_step():
     algorithm = ppo.make(config, CONTINUOUS, PLAN)
     learner = algorithm.init(jax.random.key(0))
     policy = algorithm.policy(learner, "explore")
-    critic = ppo.MLP(config.critic_hidden, 1, config.activation)
+    critic = MLP(config.critic_hidden, 1, config.activation)
     memory = jax.vmap(algorithm.memory)(jax.random.split(jax.random.key(1), PLAN.num_envs))
     obs = draw_obs(CONTINUOUS, jax.random.key(2), (PLAN.unroll_length + 1, PLAN.num_envs))
     steps, values = [], []
@@ -190,7 +153,7 @@ def test_recurrent_values_of_successors_are_the_values_of_the_next_step():
 
 def test_golden_numbers_of_one_update():
     config = dataclasses.replace(SMALL, num_epochs=2, num_minibatches=3, entropy_coef=0.01)
-    *_, (state, metrics) = one_update(config, CONTINUOUS)
+    *_, (state, metrics) = one_update(ppo, config, CONTINUOUS)
     measured = {k: float(metrics[k]) for k in ("policy_loss", "value_loss", "entropy", "grad_norm")}
     measured["params"] = float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(state.params)))
     message = (

@@ -1,0 +1,237 @@
+"""What on-policy learners share: advantages, the value loss, epochs of minibatch steps, the settings of these.
+
+A learner's Config has the fields that `check`, `init` and `make_update` read. Observations are normalised with the
+statistics that they were acted on by; the trajectory's own come in last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlx import normalize
+from rlx.algorithm import Key, Plan
+from rlx.errors import require
+from rlx.minibatches import check_minibatches, scan_minibatches
+from rlx.networks import activation, select
+from rlx.optimization import descend
+from rlx.returns import gae
+from rlx.sharding import per_env
+from rlx.types import Box, Metrics, PyTree, Spec, Transition
+
+RATES = (1e-5, 1e-2)  # what adaptive_lr keeps the learning rate between
+
+
+@per_env
+class Discounted(NamedTuple):
+    sums: jax.Array  # [B] float32: of the episode's rewards so far, each discounted since it came
+
+
+class RewardScale(NamedTuple):
+    discounted: Discounted
+    statistics: normalize.RunningStatistics  # of all such sums
+
+
+class OnPolicyState(NamedTuple):
+    params: dict[str, PyTree]  # {"actor", "critic", ...}
+    optimizer: optax.OptState
+    statistics: normalize.RunningStatistics  # of observations
+    learning_rate: jax.Array  # () float32, before annealing
+    reward_scale: PyTree  # RewardScale with normalize_reward, else ()
+
+
+class Batch(NamedTuple):
+    """A trajectory with what is computed once an iteration. Leaves [T, B, ...]."""
+
+    transition: Transition  # observations normalised
+    values: jax.Array
+    advantages: jax.Array
+    targets: jax.Array
+
+
+Values = Callable[[PyTree, Transition], tuple[jax.Array, jax.Array]]  # (params, trajectory): of obs and of next_obs
+# (params, minibatch, key) -> what is minimised but for the value error; values; metrics with "kl", "ratio_deviation"
+Objective = Callable[[PyTree, Batch, Key], tuple[jax.Array, jax.Array, Metrics]]
+
+
+def init(
+    config: Any, spec: Spec, plan: Plan, params: dict[str, PyTree], optimizer: optax.GradientTransformation, policy: Any
+) -> OnPolicyState:
+    """The state of fresh `params`, those of `policy` and its statistics in their place if there is one."""
+    statistics = normalize.init(spec.obs)
+    if policy is not None:
+        params = params | policy.params
+        statistics = policy.statistics
+    rate = jnp.asarray(config.learning_rate, jnp.float32)
+    scale: PyTree = ()
+    if config.normalize_reward:
+        sums = jnp.zeros(plan.num_envs, jnp.float32)
+        scale = RewardScale(Discounted(sums), normalize.init(jax.ShapeDtypeStruct((), jnp.float32)))
+    return OnPolicyState(params, optimizer.init(params), statistics, rate, scale)
+
+
+def scale_rewards(
+    scale: RewardScale, trajectory: Transition, gamma: float | jax.Array
+) -> tuple[RewardScale, jax.Array]:
+    """Rewards [T, B] over the running standard deviation of discounted sums, this trajectory's among them, clipped to
+    [-10, 10] (Engstrom et al. 2020, arXiv 2005.12729, section 3)."""
+
+    def step(sums: jax.Array, inputs: tuple[jax.Array, jax.Array]):
+        reward, done = inputs
+        sums = gamma * sums + reward
+        return jnp.where(done, 0.0, sums), sums
+
+    inputs = (trajectory.reward, trajectory.terminated | trajectory.truncated)
+    last, sums = jax.lax.scan(step, scale.discounted.sums, inputs)
+    statistics = normalize.update(scale.statistics, sums)
+    return RewardScale(Discounted(last), statistics), jnp.clip(trajectory.reward / statistics.std, -10.0, 10.0)
+
+
+def observe(config: Any, statistics: normalize.RunningStatistics, obs: PyTree) -> PyTree:
+    """Observations as networks read them."""
+    return normalize.normalize(statistics, obs, clip=10.0) if config.normalize_obs else obs
+
+
+def make_update(
+    config: Any,
+    plan: Plan,
+    optimizer: optax.GradientTransformation,
+    values: Values,
+    objective: Objective,
+    *,
+    prepare: Callable[[PyTree, Batch, Key], Batch] | None = None,
+    stop_kl: float | jax.Array | None = None,
+    segments: bool = False,
+    normalize_first: bool = False,
+    gae_per_minibatch: bool = False,
+    clip_value: bool = False,
+) -> Callable[[OnPolicyState, Transition, jax.Array, Key], tuple[OnPolicyState, Metrics]]:
+    """(state, trajectory, iteration, key) -> (state, metrics): advantages, then epochs of gradient steps on
+    objective + value_coef * 1/2 E[(V - target)^2].
+
+    `prepare`: what minibatches are made of, if not the trajectory: (params before the update, batch, key) -> batch.
+    `stop_kl`: nats after which nothing is learnt from this trajectory any more. `segments`: minibatches hold whole
+    columns. The rest: see PPO's Config.
+    """
+
+    def estimate(params: PyTree, trajectory: Transition) -> Batch:
+        """Values, advantages and value targets of a trajectory whose observations are normalised."""
+        of_obs, of_next = values(params, trajectory)
+        advantages, targets = jax.vmap(gae, in_axes=(1, 1, 1, 1, 1, None, None), out_axes=1)(
+            trajectory.reward * config.reward_scale,
+            of_obs,
+            of_next,
+            trajectory.terminated,
+            trajectory.truncated,
+            config.gamma,
+            config.gae_lambda,
+        )
+        return Batch(trajectory, of_obs, advantages, targets)
+
+    def loss(params: PyTree, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+        if gae_per_minibatch:
+            current = jax.lax.stop_gradient(estimate(params, batch.transition))
+            batch = current._replace(values=batch.values)
+        if config.normalize_advantage:
+            advantages = batch.advantages
+            batch = batch._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
+        minimised, predicted, metrics = objective(params, batch, key)
+        error = (predicted - batch.targets) ** 2
+        if clip_value:
+            near = batch.values + jnp.clip(predicted - batch.values, -config.clip_eps, config.clip_eps)
+            error = jnp.maximum(error, (near - batch.targets) ** 2)
+        value_loss = 0.5 * error.mean()
+        return minimised + config.value_coef * value_loss, {**metrics, "value_loss": value_loss}
+
+    def adapted(learning_rate: jax.Array, kl: jax.Array) -> jax.Array:
+        if not config.adaptive_lr:
+            return learning_rate
+        lower = jnp.where(kl > 2 * config.target_kl, learning_rate / 1.5, learning_rate)
+        # The first minibatch's KL is 0 whatever the rate: it tells nothing.
+        rate = jnp.where((kl > 0) & (kl < config.target_kl / 2), learning_rate * 1.5, lower)
+        return jnp.clip(rate, *RATES)
+
+    def update(state: OnPolicyState, trajectory: Transition, iteration: jax.Array, key: Key):
+        chex.assert_shape(trajectory.reward, (plan.unroll_length, plan.num_envs))
+        chex.assert_type([trajectory.terminated, trajectory.truncated], bool)
+        chex.assert_type(trajectory.reward, jnp.float32)
+        learns = config.normalize_obs and not config.freeze_statistics
+        updated = normalize.update(state.statistics, trajectory.obs) if learns else state.statistics
+        statistics = updated if normalize_first else state.statistics
+        scale = state.reward_scale
+        if config.normalize_reward:
+            scale, reward = scale_rewards(scale, trajectory, config.gamma)
+            trajectory = trajectory._replace(reward=reward)
+        obs, next_obs = (observe(config, statistics, x) for x in (trajectory.obs, trajectory.next_obs))
+        batch = estimate(state.params, trajectory._replace(obs=obs, next_obs=next_obs))
+        explained = 1 - (batch.targets - batch.values).var() / (batch.targets.var() + 1e-8)
+        if prepare is not None:
+            prepare_key, key = jax.random.split(key)
+            batch = prepare(state.params, batch, prepare_key)
+        anneal = 1 - iteration / plan.num_iterations if config.anneal_lr else jnp.ones((), jnp.float32)
+
+        def improve(carry: Any, batch: Batch, key: Key):
+            params, opt_state, learning_rate = carry
+            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+            learning_rate = adapted(learning_rate, metrics["kl"])
+            rate = anneal * learning_rate
+            rates = {name: rate for name in params} | {"critic": config.critic_lr_scale * rate}
+            params, opt_state = descend(optimizer, rates, params, opt_state, grads)
+            return (params, opt_state, learning_rate), {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+        def improve_until(carry: Any, batch: Batch, key: Key):
+            before, stopped = carry
+            after, metrics = improve(before, batch, key)
+            after = jax.tree.map(lambda new, old: jnp.where(stopped, old, new), after, before)
+            return (after, stopped | (metrics["kl"] > stop_kl)), {**metrics, "stopped": stopped.astype(jnp.float32)}
+
+        learnt: Any = (state.params, state.optimizer, state.learning_rate)
+        step, carry = (improve, learnt) if stop_kl is None else (improve_until, (learnt, jnp.zeros((), bool)))
+        sizes = (config.num_epochs, config.num_minibatches, segments, plan.num_groups)
+        carry, metrics = scan_minibatches(step, carry, batch, key, *sizes)
+        params, opt_state, learning_rate = carry if stop_kl is None else carry[0]
+        first_ratio = metrics.pop("ratio_deviation")[0, 0]
+        metrics = jax.tree.map(jnp.mean, metrics) | {
+            "first_ratio_deviation": first_ratio,
+            "learning_rate": anneal * learning_rate,
+            "explained_variance": explained,
+        }
+        return OnPolicyState(params, opt_state, updated, learning_rate, scale), metrics
+
+    return update
+
+
+def clipped_surrogate(ratio: jax.Array, advantages: jax.Array, clip_eps: float | jax.Array) -> jax.Array:
+    """min(rho A, clip(rho, 1 - eps, 1 + eps) A), elementwise (PPO, eq. 7)."""
+    return jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantages)
+
+
+def check(config: Any, spec: Spec, plan: Plan, name: str, segments: bool = False) -> None:
+    """Raises UserError for settings, shared by on-policy learners, that cannot work; `name` is the algorithm's."""
+    require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", f"{name} trains a single agent")
+    for field in ("gamma", "gae_lambda"):
+        require(0 <= getattr(config, field) <= 1, f"algo.{field}", getattr(config, field), "between 0 and 1")
+    for field in ("learning_rate", "critic_lr_scale", "clip_eps", "max_grad_norm", "target_kl"):
+        require(getattr(config, field) > 0, f"algo.{field}", getattr(config, field), "above 0")
+    require(config.num_epochs >= 1, "algo.num_epochs", config.num_epochs, "at least 1")
+    require(config.value_coef >= 0, "algo.value_coef", config.value_coef, "at least 0")
+    for obs_key in (config.actor_obs_key, config.critic_obs_key):
+        shape = select(spec.obs, obs_key).shape
+        require(len(shape) == 1, "env", f"observations of shape {shape}", f"{name} reads vectors")
+    if isinstance(spec.action, Box):
+        shape = spec.action.shape
+        require(len(shape) == 1, "env", f"actions of shape {shape}", f"{name} gives vectors")
+    for field in ("actor_hidden", "critic_hidden"):
+        widths = getattr(config, field)
+        require(all(width >= 1 for width in widths), f"algo.{field}", widths, "widths of at least 1")
+    if config.adaptive_lr:
+        low, high = RATES
+        rate = config.learning_rate
+        require(low <= rate <= high, "algo.learning_rate", rate, f"adaptive_lr keeps it between {low} and {high}")
+    activation(config.activation)
+    check_minibatches(plan, config.num_minibatches, segments)
