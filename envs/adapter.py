@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from envs.wrappers import ActionRepeat, TimeLimit
+from envs.wrappers import ActionChunk, ActionRepeat, TimeLimit
 from rlx.environment import Environment, random_action
 from rlx.errors import UserError, require, unknown
 from rlx.types import PyTree, TimeStep
 
-COMMON = ("action_repeat", "episode_length")
+# What every environment takes, and the value with which nothing is wrapped around it.
+COMMON: dict[str, Any] = {"action_chunk": 1, "action_repeat": 1, "episode_length": None}
 
 
 class Options(NamedTuple):
@@ -26,6 +27,7 @@ class Options(NamedTuple):
 
     episode_length: int | None  # inner steps; None: no limit
     action_repeat: int
+    action_chunk: int
     rest: dict[str, Any]
 
 
@@ -45,12 +47,13 @@ def read_options(
         if key not in COMMON and key not in defaults:
             raise unknown(f"{name}: override", key, {*defaults, *COMMON})
     length = overrides.get("episode_length", episode_length) or None
-    repeat = overrides.get("action_repeat", action_repeat)
-    for field, value, lowest in (("episode_length", 0 if length is None else length, 0), ("action_repeat", repeat, 1)):
+    repeat, chunk = overrides.get("action_repeat", action_repeat), overrides.get("action_chunk", 1)
+    counts = (("episode_length", length or 0, 0), ("action_repeat", repeat, 1), ("action_chunk", chunk, 1))
+    for field, value, lowest in counts:
         whole = isinstance(value, int) and not isinstance(value, bool)
         require(whole and value >= lowest, f"{name}: {field}", value, f"a whole number of at least {lowest}")
     rest = {key: fit(name, key, value, defaults[key]) for key, value in overrides.items() if key not in COMMON}
-    return Options(length, repeat, rest)
+    return Options(length, repeat, chunk, rest)
 
 
 def fit(name: str, key: str, value: Any, default: Any) -> Any:
@@ -86,10 +89,16 @@ def check_physics(name: str, physics: str, available: tuple[str, ...]) -> None:
 
 
 def limit_and_repeat(env: Any, options: Options) -> Environment:
-    """`env` under its time limit, and that under its action repeat, so that the limit counts inner steps."""
+    """`env` under its time limit, that under its action repeat and that under its action chunk.
+
+    So the limit counts inner steps, and an action of a chunk is repeated before the next one is played. Raises
+    UserError for chunks of actions that are no continuous vectors.
+    """
     if options.episode_length is not None:
         env = TimeLimit(env, options.episode_length)
-    return ActionRepeat(env, options.action_repeat) if options.action_repeat > 1 else env
+    if options.action_repeat > 1:
+        env = ActionRepeat(env, options.action_repeat)
+    return ActionChunk(env, options.action_chunk) if options.action_chunk > 1 else env
 
 
 def bind_fields(env: Any, engine: Any) -> Any:

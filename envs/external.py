@@ -39,8 +39,8 @@ def make(reference: str, physics: str = "auto", **overrides: Any) -> Environment
     """What the user's function returns, its types made a fixed point.
 
     The function gets those overrides that it has parameters for, and `physics` if it has such a parameter.
-    `episode_length` and `action_repeat` are wrapped around what it returns unless it takes them itself. Raises
-    UserError if the function or an override does not exist, or what it returns is no environment.
+    `episode_length`, `action_repeat` and `action_chunk` are wrapped around what it returns unless it takes them itself.
+    Raises UserError if the function or an override does not exist, or what it returns is no environment.
     """
     function = load_function(reference)
     defaults = defaults_of(function)
@@ -57,6 +57,5 @@ def make(reference: str, physics: str = "auto", **overrides: Any) -> Environment
     for part in ("spec", "reset", "step"):
         if getattr(env, part, None) is None:
             raise UserError(f"{reference} returned {type(env).__name__}, which lacks {part!r}; see rlx.Environment.")
-    length = None if "episode_length" in defaults else options.episode_length
-    repeat = 1 if "action_repeat" in defaults else options.action_repeat
-    return limit_and_repeat(FixedPoint(env), options._replace(episode_length=length, action_repeat=repeat))
+    taken = {key: nothing for key, nothing in COMMON.items() if key in defaults}
+    return limit_and_repeat(FixedPoint(env), options._replace(**taken))

@@ -1,4 +1,4 @@
-"""Environments around environments: fixed types, time limit, action repeat, action scaling, domain randomisation.
+"""Environments around environments: fixed types, time limit, action repeat and chunk, action scaling, randomisation.
 
 Each is an Environment (`rlx.environment`) itself: pure, unbatched, never resetting.
 """
@@ -149,16 +149,40 @@ class TimeLimit:
         return render(self.env, [state.env for state in states])
 
 
+def play(step: Callable[[Any, Any], tuple[Any, TimeStep]], state: Any, inputs: PyTree) -> tuple[Any, TimeStep]:
+    """`step(state, input)` for `inputs` [n, ...] in turn, up to and including the first end, as one decision.
+
+    Rewards, and entries of `info` whose name begins with "reward", are summed undiscounted; other entries, the
+    observation and the state are those of the last step taken. `info["steps"]`: how many inner steps that was, ()
+    float32.
+    """
+    types = jax.eval_shape(lambda state, inputs: step(state, jax.tree.map(lambda x: x[0], inputs))[1], state, inputs)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
+    start = nothing._replace(info={**nothing.info, "steps": jnp.zeros((), jnp.float32)})
+
+    def advance(carry, inputs):
+        state, total = carry
+        ended = total.terminated | total.truncated
+        new_state, new = step(state, inputs)
+        info = {k: total.info[k] + v if k.startswith("reward") else v for k, v in new.info.items()}
+        info["steps"] = total.info["steps"] + new.info.get("steps", jnp.ones((), jnp.float32))
+        new = new._replace(reward=total.reward + new.reward, info=info)
+        return jax.tree.map(lambda x, y: jnp.where(ended, x, y), (state, total), (new_state, new)), None
+
+    return jax.lax.scan(advance, (state, start), inputs)[0]
+
+
 class ActionRepeat:
     """One decision is up to `num_repeats` inner steps of the same action, fewer where the episode ends before.
 
-    Rewards, and entries of `info` whose name begins with "reward", are summed undiscounted up to and including the
-    first end; other entries, the observation and the state are those of the last step taken. `info["steps"]`: how many
-    inner steps that was, () float32. Raises UserError unless `num_repeats` is a positive integer.
+    Rewards and `info` are those of `play`. Raises UserError unless `num_repeats` is a positive integer, and around
+    action chunks.
     """
 
     def __init__(self, env: Environment, num_repeats: int):
         require(is_count(num_repeats), "action_repeat", num_repeats, "a whole number of at least 1")
+        # Around chunks no `spec` could say what one action means, by which data sets are compared.
+        require(env.spec.action_chunk == 1, "action_repeat", num_repeats, "it goes inside of action chunks, not around")
         self.env, self.num_repeats = env, num_repeats
         self.spec = dataclasses.replace(env.spec, action_repeat=num_repeats * env.spec.action_repeat)
 
@@ -166,20 +190,41 @@ class ActionRepeat:
         return self.env.reset(key, params)
 
     def step(self, state: Any, action: jax.Array, key: jax.Array):
-        types = jax.eval_shape(self.env.step, state, action, key)[1]
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
-        start = nothing._replace(info={**nothing.info, "steps": jnp.zeros((), jnp.float32)})
+        keys = jax.random.split(key, self.num_repeats)
+        return play(lambda state, key: self.env.step(state, action, key), state, keys)
 
-        def again(carry, key):
-            state, total = carry
-            ended = total.terminated | total.truncated
-            new_state, new = self.env.step(state, action, key)
-            info = {k: total.info[k] + v if k.startswith("reward") else v for k, v in new.info.items()}
-            info["steps"] = total.info["steps"] + new.info.get("steps", jnp.ones((), jnp.float32))
-            new = new._replace(reward=total.reward + new.reward, info=info)
-            return jax.tree.map(lambda x, y: jnp.where(ended, x, y), (state, total), (new_state, new)), None
+    def render(self, states: Sequence[Any]) -> Any:
+        return render(self.env, states)
 
-        return jax.lax.scan(again, (state, start), jax.random.split(key, self.num_repeats))[0]
+
+class ActionChunk:
+    """One decision is `size` inner actions, played open loop (Ren et al. 2024, arXiv 2409.00588).
+
+    Actions are [size * a], inner action i at [i * a : (i + 1) * a]. Those behind an end are not played. Rewards and
+    `info` are those of `play`. Raises UserError unless `size` is a positive integer and the actions of `env` are
+    continuous vectors [a].
+    """
+
+    def __init__(self, env: Environment, size: int):
+        require(is_count(size), "action_chunk", size, "a whole number of at least 1")
+        box = env.spec.action
+        if not isinstance(box, Box) or len(box.shape) != 1:
+            raise UserError(f"action_chunk = {size} needs continuous actions [a]; those of the environment are {box}.")
+        self.env, self.size = env, size
+        low, high = (x * size if isinstance(x, tuple) else x for x in (box.low, box.high))
+        self.spec = dataclasses.replace(
+            env.spec,
+            action=Box((size * box.shape[0],), low, high),
+            action_repeat=size * env.spec.action_repeat,
+            action_chunk=size * env.spec.action_chunk,
+        )
+
+    def reset(self, key: jax.Array, params: PyTree):
+        return self.env.reset(key, params)
+
+    def step(self, state: Any, action: jax.Array, key: jax.Array):
+        inputs = action.reshape(self.size, -1), jax.random.split(key, self.size)
+        return play(lambda state, inputs: self.env.step(state, *inputs), state, inputs)
 
     def render(self, states: Sequence[Any]) -> Any:
         return render(self.env, states)

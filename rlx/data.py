@@ -6,6 +6,9 @@ itself (an episode's end is followed by the next one's start, the last by the fi
 falls on the end of every trajectory: what follows begins elsewhere. So n-step returns, segments and recurrent memory
 mean what they mean there. Of several files each run is in one, drawn by their shares.
 
+An environment of action chunks reads data of the same chunks as they are, and data of single actions as chunks of them
+(`in_chunks`): a decision can begin at every step, and the next one of its run where it ends, as if played.
+
 All draws come from the iteration's key: the reader has no state, and a resumed run goes on bit for bit. `step` counts
 the transitions consumed (times the inner steps a decision takes, as everywhere).
 """
@@ -35,7 +38,7 @@ from rlx.types import EpisodeStats, PyTree, Spec, Transition
 
 
 class Arrays(NamedTuple):
-    """N steps of E episodes, over all files."""
+    """N steps of E episodes, over all files; a decision begins at each."""
 
     observations: PyTree  # [N + E, ...]
     actions: Any  # [N, ...]
@@ -43,14 +46,16 @@ class Arrays(NamedTuple):
     terminations: Any  # [N] bool
     truncations: Any  # [N] bool
     episode_ids: Any  # [N] int32, 0 .. E - 1
+    spans: Any = None  # [N] int32: how many steps the decision takes; None: 1 each
 
 
 def transitions(arrays: Arrays, rows: jax.Array) -> Transition:
-    """Steps `rows` [...] of the data, with their true successors and without extras; leaves [..., ...]."""
+    """Decisions `rows` [...] of the data, with their true successors and without extras; leaves [..., ...]."""
     arrays = jax.tree.map(jnp.asarray, arrays)  # traced rows cannot index numpy's
     before = rows + arrays.episode_ids[rows]  # every episode before it has one observation more than steps
+    after = before + (1 if arrays.spans is None else arrays.spans[rows])
     obs = jax.tree.map(lambda x: x[before], arrays.observations)
-    next_obs = jax.tree.map(lambda x: x[before + 1], arrays.observations)
+    next_obs = jax.tree.map(lambda x: x[after], arrays.observations)
     columns = (arrays.actions, arrays.rewards, arrays.terminations, arrays.truncations)
     action, reward, terminated, truncated = (x[rows] for x in columns)
     return Transition(obs, action, reward, terminated, truncated, next_obs, ())
@@ -67,11 +72,12 @@ def read(files: Sequence[tuple[str | Path, float | None]], env: Environment) -> 
     for path, share in files:
         try:
             columns, metadata = load(Path(path))
-            check_env(metadata, describe_env(env))
-            check_columns(columns, env.spec)
+            chunk = check_env(metadata, describe_env(env))
+            check_columns(columns, env.spec, chunk)
         except UserError as error:
             raise UserError(f"data set {str(path)!r}: {error}") from error
-        parts.append(as_arrays(columns, env.spec))
+        part = as_arrays(columns, env.spec)
+        parts.append(in_chunks(part, chunk) if env.spec.action_chunk > 1 else part)
         record = {"path": str(Path(path).absolute()), "share": share, "sha256": metadata["sha256"]}
         records.append({**record, "metadata": metadata})
     sizes = [len(part.rewards) for part in parts]
@@ -90,6 +96,29 @@ def as_arrays(columns: Mapping[str, np.ndarray], spec: Spec) -> Arrays:
     return Arrays(observations, **rest, episode_ids=columns["episode_ids"].astype(np.int32))
 
 
+def in_chunks(arrays: Arrays, size: int) -> Arrays:
+    """Steps of single actions as decisions of `size` of them, one at every step, so that they overlap.
+
+    The decision at step t has the actions of steps t .. t + size - 1, one behind the other, the sum of their rewards
+    and the ending of the last. An episode's end cuts it: fewer steps are taken, and copies of the last action fill it,
+    as in Diffusion Policy (arXiv 2303.04137). DPPO's own loader leaves such decisions out, and with them all that is
+    done last in an episode.
+    """
+    rows = np.arange(len(arrays.rewards))
+    last = np.searchsorted(arrays.episode_ids, arrays.episode_ids, side="right") - 1  # [N]: step of its episode
+    ends = np.minimum(rows + size - 1, last)
+    window = np.minimum(rows[:, None] + np.arange(size), last[:, None])  # [N, size]
+    spans = (ends - rows + 1).astype(np.int32)
+    counts = (np.arange(size) < spans[:, None]).astype(np.float32)
+    return arrays._replace(
+        actions=arrays.actions[window].reshape(len(rows), -1),
+        rewards=np.einsum("nk,nk...->n...", counts, arrays.rewards[window]),
+        terminations=arrays.terminations[ends],
+        truncations=arrays.truncations[ends],
+        spans=spans,
+    )
+
+
 def normalized_shares(shares: Sequence[float | None], otherwise: Sequence[float]) -> list[float]:
     """`shares` with sum 1; `otherwise` where none is given. Raises UserError for one that is none."""
     if all(share is None for share in shares):
@@ -101,14 +130,24 @@ def normalized_shares(shares: Sequence[float | None], otherwise: Sequence[float]
     return [share / total for share in shares if share]
 
 
-def runs_of_steps(key: Key, count: int, length: int, sizes: Sequence[int], shares: Sequence[float]) -> jax.Array:
-    """Rows [count, length] int32 of runs of steps, each in one file and begun anywhere in it; its end is followed by
-    its start."""
+def runs_of_steps(
+    key: Key, count: int, length: int, sizes: Sequence[int], shares: Sequence[float], spans: Any = None
+) -> jax.Array:
+    """Rows [count, length] int32 of runs of decisions, each in one file and begun anywhere in it; its end is followed
+    by its start. `spans`: as in Arrays."""
     file_key, start_key = jax.random.split(key)
     file = jax.random.choice(file_key, len(sizes), (count,), p=jnp.asarray(shares, jnp.float32))
     offsets = np.cumsum([0, *sizes[:-1]]).astype(np.int32)
     offset, size = jnp.asarray(offsets)[file], jnp.asarray(sizes, jnp.int32)[file]
     start = jax.random.randint(start_key, (count,), 0, size)
+    if spans is not None:
+        spans = jnp.asarray(spans)
+
+        def follow(step, _):
+            row = offset + step
+            return (step + spans[row]) % size, row
+
+        return jax.lax.scan(follow, start, length=length)[1].T
     steps = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     return offset[:, None] + steps % size[:, None]
 
@@ -123,7 +162,7 @@ def draw(
     shares: Sequence[float],
 ) -> Batch:
     """`size` n-step targets in parts, as a replay gives them, for a learner that mixes data with what it sees."""
-    rows = runs_of_steps(key, size, n_step, sizes, shares)
+    rows = runs_of_steps(key, size, n_step, sizes, shares, arrays.spans)
     arrays = jax.tree.map(jnp.asarray, arrays)
     columns = (arrays.rewards[rows], arrays.terminations[rows], arrays.truncations[rows])
     reward, discount, last = jax.vmap(n_step_window, (0, 0, 0, None))(*columns, gamma)
@@ -138,7 +177,7 @@ def make_source(arrays: Arrays, plan: Plan, mesh: Mesh | None, sizes: Sequence[i
     take = on_parts(lambda rows, arrays: transitions(arrays, rows), mesh, num_shared=1)
 
     def collect(algorithm: Algorithm, policy: Policy, state: tuple[()], key: Key):
-        rows = runs_of_steps(key, plan.num_envs, plan.unroll_length, sizes, shares)
+        rows = runs_of_steps(key, plan.num_envs, plan.unroll_length, sizes, shares, arrays.spans)
         batch = take(rows, arrays)  # [B, T, ...]
         trajectory = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batch)
         cut = trajectory.truncated.at[-1].set(~trajectory.terminated[-1])  # the next trajectory begins elsewhere

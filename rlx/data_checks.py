@@ -12,8 +12,11 @@ from rlx.errors import UserError
 from rlx.types import Box, Spec
 
 
-def check_env(metadata: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises UserError for data of another environment, or whose actions mean something else."""
+def check_env(metadata: Mapping[str, Any], wanted: Mapping[str, Any]) -> int:
+    """How many actions of the data make one of the environment: more than 1 where it takes chunks of what they are.
+
+    Raises UserError for data of another environment, or whose actions mean something else.
+    """
 
     def name(entry: Mapping[str, Any]) -> str:
         full = str(entry.get("env"))  # one in a file may lie elsewhere on another machine
@@ -21,12 +24,26 @@ def check_env(metadata: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
     if name(metadata) != name(wanted):
         raise UserError(f"it is of environment {metadata.get('env')!r}, not {wanted['env']!r}.")
-    if metadata.get("action") != wanted["action"]:
-        raise UserError(f"its actions are {metadata.get('action')}; those of {wanted['env']} are {wanted['action']}.")
+    found, action = metadata.get("action"), wanted["action"]
+    if found == action:
+        return 1
+    if "chunk" in action and found == one_at_a_time(action):
+        return action["chunk"]
+    raise UserError(f"its actions are {found}; those of {wanted['env']} are {action}.")
 
 
-def check_columns(columns: Mapping[str, np.ndarray], spec: Spec) -> None:
-    """Raises UserError for columns that are no data of this spec: names, order, shapes, dtypes, endings, values."""
+def one_at_a_time(action: Mapping[str, Any]) -> dict[str, Any]:
+    """What one action of a chunk means, of what `describe_env` says of them all."""
+    size = action["chunk"]
+    bounds = {name: action[name][: len(action[name]) // size] for name in ("low", "high")}
+    return {**bounds, "repeat": action["repeat"] // size}
+
+
+def check_columns(columns: Mapping[str, np.ndarray], spec: Spec, chunk: int = 1) -> None:
+    """Raises UserError for columns that are no data of this spec: names, order, shapes, dtypes, endings, values.
+
+    `chunk`: how many of their actions make one of the spec.
+    """
     names = [*obs_columns(spec.obs), "actions", "rewards", "terminations", "truncations", "episode_ids"]
     missing = [name for name in names if name not in columns]
     if missing:
@@ -39,7 +56,7 @@ def check_columns(columns: Mapping[str, np.ndarray], spec: Spec) -> None:
     if jumps.any():
         row = int(np.argmax(jumps))
         raise UserError(f"episode_ids[{row}] is {ids[row]}; they must go from 0 on, each episode in one piece.")
-    check_shapes(columns, spec, len(ids), int(ids[-1]) + 1)
+    check_shapes(columns, spec, len(ids), int(ids[-1]) + 1, chunk)
     check_endings(columns["terminations"], columns["truncations"], np.append(rises[1:] > 0, True))
     check_values({name: columns[name] for name in names}, spec)
 
@@ -69,13 +86,13 @@ def check_values(columns: Mapping[str, np.ndarray], spec: Spec) -> None:
         raise UserError(f"actions[{row}] is {actions[row].tolist()}; it must be from {low} to {high}.")
 
 
-def check_shapes(columns: Mapping[str, np.ndarray], spec: Spec, steps: int, episodes: int) -> None:
+def check_shapes(columns: Mapping[str, np.ndarray], spec: Spec, steps: int, episodes: int, chunk: int) -> None:
     """Raises UserError, with the first that differs, for a column of another shape or dtype."""
     allowed: dict[str, list[tuple[tuple[int, ...], Any]]] = {
         name: [((steps + episodes, *leaf.shape), leaf.dtype)] for name, leaf in obs_columns(spec.obs).items()
     }
-    action = spec.action
-    allowed["actions"] = [((steps, *action.shape), np.float32) if isinstance(action, Box) else ((steps,), np.int32)]
+    shape, dtype = (spec.action.shape, np.float32) if isinstance(spec.action, Box) else ((), np.int32)
+    allowed["actions"] = [((steps, *(shape if chunk == 1 else (shape[0] // chunk,))), dtype)]
     allowed["rewards"] = [((steps,), np.float32)]
     allowed["rewards"] += [((steps, spec.num_agents), np.float32)] if spec.num_agents > 1 else []
     allowed |= dict.fromkeys(("terminations", "truncations"), [((steps,), np.bool_)])

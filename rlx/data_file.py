@@ -3,7 +3,7 @@
 N steps of E episodes, one after another:
 
     observations   [N + E, ...]  raw, in the environment's dtype: T + 1 of an episode of T steps, its final one last
-    actions        [N, ...]      what the environment received: float32 in [-1, 1], or int32
+    actions        [N, ...]      what the environment received: float32 in [-1, 1] ([n * a] of action chunks), or int32
     rewards        [N]           float32, raw ([N, agents] where agents are paid apart)
     terminations   [N] bool      the MDP ended
     truncations    [N] bool      a time limit, or the end of collecting; the last step of an episode has one of the two
@@ -65,7 +65,10 @@ def obs_columns(obs: PyTree) -> dict[str, Any]:
 
 
 def describe_env(env: Environment) -> dict[str, Any]:
-    """What metadata keep of an environment: its name, and what an action means there (native bounds, repeat)."""
+    """What metadata keep of an environment: its name, and what an action means there (native bounds, repeat, chunk).
+
+    "chunk" is left out where it is 1, as in files from before there were any.
+    """
     action = env.spec.action
     if isinstance(action, Box):
         bounds = np.array([np.broadcast_to(np.ravel(x), math.prod(action.shape)) for x in (action.low, action.high)])
@@ -73,6 +76,7 @@ def describe_env(env: Environment) -> dict[str, Any]:
     else:
         meaning = {"num_values": action.num_values}
     meaning["repeat"] = env.spec.action_repeat
+    meaning |= {"chunk": env.spec.action_chunk} if env.spec.action_chunk > 1 else {}
     return {"env": env.spec.name or type(env).__name__, "action": meaning}
 
 

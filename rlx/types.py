@@ -74,6 +74,7 @@ class Spec:
     action_mask: Any = None  # [N, a] bool
     episode_length: int | None = None  # time limit in inner steps; None: none
     action_repeat: int = 1  # inner steps per decision
+    action_chunk: int = 1  # inner actions in one decision, one behind the other in its action
     params: PyTree = ()  # the default of what may differ between episodes
     physics: str = ""  # the engine that simulates it, where there is a choice
     name: str = ""  # `suite/name` where `envs.make` made it, for records and titles

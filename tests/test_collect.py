@@ -112,6 +112,20 @@ def test_data_of_other_settings_are_said(trained, capsys):
     assert json.loads(Path("b/config.json").read_text())["data"][0]["share"] == 1.0
 
 
+def test_chunks_are_cloned_out_of_single_actions_and_collected_in_their_turn(trained, capsys):
+    assert run(capsys, "collect", "a", *COLLECT)[0] == 0
+    arguments = ["--data", "a.npz", *TINY, "--algo.num-minibatches", "2", "--env.action-chunk", "2", "--run-dir", "b"]
+    status, _, err = run(capsys, "train", "bc", trained[1], *arguments, "--quiet")
+    assert status == 0, err
+    status, out, err = run(capsys, "collect", "b", *COLLECT[:2], "--out", "b.npz", "--quiet")
+    assert status == 0 and "mean return 6" in out, err
+    columns, metadata = load(Path("b.npz"))
+    assert columns["actions"].shape == (40, 2) and metadata["action"]["chunk"] == metadata["action"]["repeat"] == 2
+    assert metadata["env_overrides"] == {"action_chunk": 2}
+    status, _, err = run(capsys, "train", "bc", trained[1], *["b.npz" if a == "a.npz" else a for a in arguments[:-4]])
+    assert status == 2 and "its actions are {'low': [-1.0, -1.0]" in " ".join(err.split())
+
+
 def test_sources_are_read_from_the_right(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse_source("a", "best") == ("a", "best", None)

@@ -115,6 +115,8 @@ def test_a_misspelt_name_gets_the_close_ones(wrong, right):
         ("gymnax/Pendulum-v1", "auto", {"episode_length": -5}, "episode_length = -5"),
         ("gymnax/Pendulum-v1", "auto", {"episode_length": "long"}, "episode_length = 'long'"),
         ("probe/truncate_only", "auto", {"action_repeat": 0}, "action_repeat = 0"),
+        ("probe/truncate_only", "auto", {"action_chunk": 0}, "action_chunk = 0"),
+        ("gymnax/CartPole-v1", "auto", {"action_chunk": 2}, "action_chunk = 2 needs continuous actions"),
     ],
 )
 def test_what_cannot_be_had_is_said_plainly(name, physics, overrides, message):
@@ -307,6 +309,25 @@ def test_own_work_takes_its_arguments_and_the_common_overrides(own):
     state, _ = env.reset(KEY, ())
     _, timestep = env.step(state, jnp.ones(1), KEY)
     assert timestep.reward == 2.0 + 4.0 + 6.0 and env.spec.episode_length == 4
+
+
+def test_chunks_go_around_repeats_and_both_around_the_time_limit(own):
+    env = envs.make(f"{own}:make", speed=2, episode_length=5, action_repeat=2, action_chunk=2)
+    state, _ = env.reset(KEY, ())
+    state, first = env.step(state, jnp.array([1.0, -1.0]), KEY)
+    _, second = env.step(state, jnp.array([1.0, -1.0]), KEY)
+    assert (first.reward, first.obs, first.info["steps"]) == (2.0 + 4.0 + 2.0 + 0.0, 0.0, 4.0)
+    assert (second.reward, second.obs, second.info["steps"]) == (2.0, 2.0, 1.0)
+    assert not first.truncated and second.truncated and not second.terminated
+
+
+@pytest.mark.parametrize("name", ["brax/fast", "gymnax/Pendulum-v1", "playground/CartpoleBalance", "probe/lqr"])
+def test_every_suite_takes_actions_in_chunks(name):
+    one, env = envs.make(name), envs.make(name, action_chunk=3)
+    assert env.spec.action.shape == (3 * one.spec.action.shape[0],) and env.spec.name == name
+    assert (env.spec.action_chunk, env.spec.action_repeat) == (3, 3 * one.spec.action_repeat)
+    assert env.spec.episode_length == one.spec.episode_length
+    assert_fixed_point(env)
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,9 @@ def load_data(files: Sequence[tuple[str, float | None]], pair: Pair, env: Any, q
         metadata = entry["metadata"]
         share = "" if entry["share"] is None else f", share {entry['share']:g}"
         say(quiet, f"data: {entry['path']}, {metadata.get('total_steps', '?')} steps{share}")
-        overrides = metadata.get("env_overrides", {})
-        same = overrides == json.loads(json.dumps(dict(pair.overrides)))
-        say(quiet or same, f"warning: gathered under {overrides}, evaluated under {dict(pair.overrides)}")
+        overrides, own = metadata.get("env_overrides", {}), dict(pair.overrides)
+        if "chunk" not in metadata["action"]:  # single actions are read as chunks of them
+            own.pop("action_chunk", None)
+        same = overrides == json.loads(json.dumps(own))
+        say(quiet or same, f"warning: gathered under {overrides}, evaluated under {own}")
     return data
