@@ -16,7 +16,14 @@ from rlx.errors import UserError, unknown
 if TYPE_CHECKING:
     from rlx.environment import Environment
 
-SUITES = {"brax": "envs.brax", "gymnax": "envs.gymnax", "playground": "envs.playground", "probe": "envs.probes"}
+SUITES = {
+    "avoid": "envs.avoid",
+    "brax": "envs.brax",
+    "gridworld": "envs.gridworld",
+    "gymnax": "envs.gymnax",
+    "playground": "envs.playground",
+    "probe": "envs.probes",
+}
 PHYSICS = ("auto", "mjx", "mujoco", "warp")
 
 __all__ = ["NAMES", "PHYSICS", "SUITES", "check_name", "make", "names"]
@@ -44,8 +51,8 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     Args:
       name: `suite/name` out of `names()`, or own work: `path/to/file.py:function` or `module:function`.
       physics: which engine simulates; "auto" lets the suite choose.
-      **overrides: `episode_length` (inner steps; None or 0: no limit) and `action_repeat` everywhere; the rest belongs
-        to the suite (see its module) or to the user's function.
+      **overrides: `episode_length` (inner steps; None or 0: no limit), `action_repeat`, `action_chunk` everywhere; the
+        rest belongs to the suite (see its module) or to the user's function.
 
     Raises:
       UserError: for a name, an engine or an override that does not exist or cannot be had, with close matches.

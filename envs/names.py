@@ -1,5 +1,7 @@
 """Every environment's name, so that a typing error is found without importing a suite. Tested against the packages."""
 
+AVOID = ("obstacles",)
+
 BRAX = (
     "ant",
     "fast",
@@ -13,6 +15,14 @@ BRAX = (
     "reacher",
     "swimmer",
     "walker2d",
+)
+
+GRIDWORLD = (
+    "c_shape",
+    "three_goals",
+    "two_goals",
+    "two_goals_deadly",
+    "two_slits",
 )
 
 GYMNAX = (
@@ -101,8 +111,16 @@ PROBE = (
     "obs_reward",
     "terminate_only",
     "truncate_only",
+    "two_modes",
 )
 
 PLAYGROUND = (*DM_CONTROL, *LOCOMOTION, *MANIPULATION)
 
-NAMES = {"brax": BRAX, "gymnax": GYMNAX, "playground": PLAYGROUND, "probe": PROBE}
+NAMES = {
+    "avoid": AVOID,
+    "brax": BRAX,
+    "gridworld": GRIDWORLD,
+    "gymnax": GYMNAX,
+    "playground": PLAYGROUND,
+    "probe": PROBE,
+}

@@ -160,6 +160,16 @@ class ObsActionRewardContinuous(ActionRewardContinuous):
         return -jnp.square(action[0] - 0.5 * state.draw)
 
 
+class TwoModes(ActionRewardContinuous):
+    """One step, reward exp(-((|a| - 0.5) / 0.15)^2): two best actions, -0.5 and 0.5, best V = 1; uniform V = 0.266.
+
+    Between the two it pays 0.00001. A Gaussian must choose one of them, a policy that can hold both may keep both.
+    """
+
+    def reward(self, state, action):
+        return jnp.exp(-jnp.square((jnp.abs(action[0]) - 0.5) / 0.15))
+
+
 class TruncateOnly(Probe):
     """Reward 1 a step, only ever truncated: V = 1 / (1 - gamma) everywhere. Fails if truncation is taken for an end.
 
@@ -364,6 +374,7 @@ _PROBES: dict[str, Any] = {
     "obs_action_reward": ObsActionReward,
     "action_reward_continuous": ActionRewardContinuous,
     "obs_action_reward_continuous": ObsActionRewardContinuous,
+    "two_modes": TwoModes,
     "truncate_only": TruncateOnly,
     "terminate_only": TerminateOnly,
     "fork": Fork,

@@ -142,6 +142,21 @@ def test_continuous_variants_pay_the_negative_squared_distance():
         assert timesteps.reward.tolist() == [reward]
 
 
+@pytest.mark.parametrize(
+    ("action", "reward"), [(0.5, 1.0), (-0.5, 1.0), (0.65, np.exp(-1)), (-0.35, np.exp(-1)), (0, 0)]
+)
+def test_two_modes_pays_alike_on_either_side_and_nothing_between(action, reward):
+    observations, timesteps = episode(probes.make("two_modes"), jnp.full(1, action, jnp.float32))
+    assert observations.tolist() == [[0.0], [0.0]]
+    np.testing.assert_allclose(timesteps.reward, [reward], rtol=1e-5, atol=2e-5)
+
+
+def test_two_modes_pays_uniform_actions_what_it_says():
+    env = probes.make("two_modes")
+    actions = jnp.linspace(-1.0, 1.0, 20_001)
+    assert abs(jax.vmap(lambda a: env.reward(None, a[None]))(actions).mean() - 0.266) < 1e-3
+
+
 def test_truncate_only_pays_one_and_turns_by_a_tenth_of_a_circle():
     observations, timesteps = episode(probes.make("truncate_only"))
     assert timesteps.reward.tolist() == [1.0] * 10
@@ -276,7 +291,7 @@ def test_an_unknown_name_or_override_is_a_user_error_that_says_what_exists():
         probes.make("lqrr")
     with pytest.raises(UserError, match="'length' does not exist.*episode_length"):
         probes.make("final_code", length=3)
-    with pytest.raises(UserError, match="Allowed: action_repeat, drag, episode_length, noise, scale"):
+    with pytest.raises(UserError, match="Allowed: action_chunk, action_repeat, drag, episode_length, noise, scale"):
         probes.make("lqr", horizon=3)
 
 
