@@ -56,6 +56,11 @@ def log_det_tanh(u: jax.Array) -> jax.Array:
     return 2.0 * (math.log(2.0) - u - jax.nn.softplus(-2.0 * u))
 
 
+def untanh(action: jax.Array) -> jax.Array:
+    """The u of tanh(u) = action. An action at the border counts as one `EDGE` inside (u = 3.8): it lies at infinity."""
+    return jnp.arctanh(jnp.clip(action, EDGE - 1.0, 1.0 - EDGE))
+
+
 class TanhNormal(NamedTuple):
     """The distribution of tanh(u) for independent normal u. Values are u, which is lost once tanh(u) rounds to 1."""
 
@@ -90,8 +95,7 @@ class TanhNormal(NamedTuple):
         return jnp.tanh(value)
 
     def from_action(self, action: jax.Array) -> jax.Array:
-        """Finite: an action at the border counts as one `EDGE` inside (u = 3.8), for it lies at infinity."""
-        return jnp.arctanh(jnp.clip(action, EDGE - 1.0, 1.0 - EDGE))
+        return untanh(action)
 
 
 class Categorical(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rlx.errors import UserError, unknown
+from rlx.errors import UserError, require, unknown
 from rlx.types import PyTree
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -61,6 +61,68 @@ class MLP(nn.Module):
             return x
         kernel_init = _kernel_init(self.output_scale)
         return nn.Dense(self.out, kernel_init=kernel_init, dtype=self.dtype, name="output")(x)
+
+
+class ResidualMLP(nn.Module):
+    """[..., d] -> [..., out] through pairs of layers that add to their input: x + W2 act(W1 act(x)), after a first
+    layer, as the policies of DPPO (Ren et al. 2024, arXiv 2409.00588). Hidden widths are equal, and odd in number.
+    """
+
+    hidden: tuple[int, ...]
+    out: int
+    activation: str = "mish"
+    output_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act = activation(self.activation)
+
+        def dense(x: jax.Array) -> jax.Array:
+            return nn.Dense(self.hidden[0], kernel_init=_kernel_init(1.0))(x)
+
+        x = dense(x)
+        for _ in range((len(self.hidden) - 1) // 2):
+            x = x + dense(act(dense(act(x))))
+        return nn.Dense(self.out, kernel_init=_kernel_init(self.output_scale), name="output")(act(x))
+
+
+def check_residual(widths: tuple[int, ...], name: str) -> None:
+    """Raises UserError unless `ResidualMLP` takes these hidden widths."""
+    require(
+        len(set(widths)) == 1 and len(widths) % 2 == 1,
+        name,
+        widths,
+        "an odd number of equal widths for a residual network",
+    )
+
+
+def embed_time(time: jax.Array, frequencies: tuple[float, ...]) -> jax.Array:
+    """cos(f t) and sin(f t) for each frequency f: [...] -> [..., 2 F] float32."""
+    angles = time[..., None] * jnp.asarray(frequencies, jnp.float32).reshape((1,) * time.ndim + (-1,))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimeMLP(nn.Module):
+    """What a flow or diffusion policy asks at each of its steps: an observation, a noisy action x and a time give a
+    velocity or a noise in the shape of x. The network reads the three side by side, time as `embed_time`.
+    """
+
+    hidden: tuple[int, ...]
+    out: int
+    frequencies: tuple[float, ...]
+    activation: str = "swish"
+    residual: bool = False
+    embed_hidden: int = 0  # width of a hidden layer that the embedded time passes; 0: none
+
+    @nn.compact
+    def __call__(self, obs: jax.Array, x: jax.Array, time: jax.Array) -> jax.Array:
+        """obs [..., o], x [..., d], time [...] -> [..., d], float32."""
+        embedded = embed_time(time, self.frequencies)
+        if self.embed_hidden:
+            embedded = MLP((self.embed_hidden,), 2 * len(self.frequencies), self.activation)(embedded)
+        inputs = jnp.concatenate([obs, x, embedded], axis=-1)
+        network = ResidualMLP if self.residual else MLP
+        return network(self.hidden, self.out, self.activation, name="network")(inputs)
 
 
 class GRU(nn.Module):

@@ -115,6 +115,28 @@ def update(stats: RunningStatistics, batch: PyTree) -> RunningStatistics:
     return RunningStatistics(_add(stats.count, n), origin, shift, m2)
 
 
+def update_range(stats: RunningStatistics, batch: PyTree) -> RunningStatistics:
+    """Statistics by which `normalize` maps the range of all observations seen to [-1, 1]: "mean" is its middle and
+    "std" half its width. They do not merge with those of `update`. Args as there."""
+    leading = _leading(stats, batch)
+    axes = tuple(range(len(leading)))
+    old = _as_float(stats.count)
+    count = _add(stats.count, math.prod(leading))
+
+    def merge(x: jax.Array, middle: jax.Array, half: jax.Array):
+        x = x.astype(jnp.float32)
+        low, high = x.min(axes), x.max(axes)
+        wider = (old == 0) | (low < middle - half) | (high > middle + half)  # or rounding would widen it every time
+        low = jnp.where(old > 0, jnp.minimum(middle - half, low), low)
+        high = jnp.where(old > 0, jnp.maximum(middle + half, high), high)
+        half = jnp.where(wider, (high - low) / 2, half)
+        return jnp.where(wider, (low + high) / 2, middle), jnp.zeros_like(middle), jnp.square(half) * _as_float(count)
+
+    merged = jax.tree.map(merge, batch, stats.mean, stats.std)
+    middle, shift, m2 = jax.tree.transpose(jax.tree.structure(batch), jax.tree.structure((0, 0, 0)), merged)
+    return RunningStatistics(count, middle, shift, m2)
+
+
 def normalize(stats: RunningStatistics, obs: PyTree, clip: float | jax.Array = math.inf) -> PyTree:
     """(obs - mean) / std, float32, clipped to [-clip, clip]. `obs` leaves are [..., *shape]."""
     chex.assert_trees_all_equal_structs(obs, stats.origin)

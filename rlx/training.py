@@ -294,10 +294,15 @@ def check_policy(algorithm: Algorithm, policy: Policy | None) -> None:
     """Raises UserError, with the first leaf that differs, where a policy to start from is of another kind."""
     if policy is None:
         return
-    wanted = jax.eval_shape(lambda key: algorithm.policy(algorithm.init(key), "greedy"), jax.random.key(0))
+    key = jax.random.key(0)
+    wanted = jax.eval_shape(lambda key: algorithm.policy(algorithm.init(key), "greedy"), key)
+    try:  # one of another algorithm may do: a cloned policy has what fine-tuning takes
+        begun = jax.eval_shape(lambda key, policy: algorithm.policy(algorithm.init(key, policy), "greedy"), key, policy)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+        begun = policy
     has, takes = (
         {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (policy, wanted))
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (begun, wanted))
     )
     for name in takes | has:
         found, allowed = has.get(name, "nothing"), takes.get(name, "nothing")

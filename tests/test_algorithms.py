@@ -31,7 +31,12 @@ WORLDS = {
 }
 OFF_POLICY = {"batch_size": 16, "utd_ratio": (3, 64), "replay_size": 200, "prefill_steps": 64}
 OFF_POLICY |= {"actor_hidden": (16,), "critic_hidden": (16,)}
-SETTINGS = {"sac": OFF_POLICY, "td3": OFF_POLICY}  # in place of defaults that are made for longer runs
+GENERATIVE = {"actor_hidden": (16,), "critic_hidden": (16,)}
+SETTINGS = {"sac": OFF_POLICY, "td3": OFF_POLICY}
+SETTINGS |= {
+    "fpo": GENERATIVE | {"num_flow_steps": 3},
+    "dppo": GENERATIVE | {"num_denoising_steps": 3},
+}  # in place of defaults that are made for longer runs
 
 
 def module_of(name: str):

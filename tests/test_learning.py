@@ -21,7 +21,7 @@ from rlx.logging import Progress
 from rlx.networks import MLP
 from rlx.off_policy import make_critics
 from rlx.schedule import TrainConfig, make_schedule
-from rlx.training import train
+from rlx.training import train, train_many
 from tests.kinds import of_each_kind
 
 TRAIN = TrainConfig(total_steps=64 * 16 * 60, num_envs=64, unroll_length=16, num_evals=1, eval_episodes=256)
@@ -37,10 +37,20 @@ OFF_POLICY = {
     "actor_hidden": (32, 32),
     "critic_hidden": (32, 32),
 }
-CONTINUOUS_ALONE = ("sac", "td3")
+CONTINUOUS_ALONE = ("sac", "td3", "fpo", "dppo")
+ON_POLICY = {"learning_rate": 3e-3, "gamma": 0.9, "num_epochs": 4, "num_minibatches": 4, "anneal_lr": True}
 FAST = {
     "bc": {"learning_rate": 3e-3},
-    "ppo": {"learning_rate": 3e-3, "gamma": 0.9, "num_epochs": 4, "num_minibatches": 4, "anneal_lr": True},
+    "ppo": ON_POLICY,
+    "fpo": ON_POLICY | {"learning_rate": 1e-3, "flow_loss": "velocity", "clip_eps": 0.2, "num_flow_steps": 4},
+    "dppo": ON_POLICY
+    | {
+        "learning_rate": 1e-3,
+        "critic_lr_scale": 3.0,
+        "num_epochs": 8,
+        "num_denoising_steps": 4,
+        "gamma_denoising": 1.0,
+    },
     "sac": OFF_POLICY | {"init_alpha": 1e-3, "alpha_learning_rate": 1e-2},
     "td3": OFF_POLICY,
 }
@@ -69,9 +79,10 @@ def demonstrations(world):
 def values(name, config, run, env, obs):
     """V(obs) of a critic over observations, or the smallest Q(obs, greedy action) of critics over actions too."""
     learner, obs = run.state.learner, jnp.asarray(obs, jnp.float32)
-    if name == "ppo":
+    if name in ("ppo", "fpo", "dppo"):
         critic = MLP(config.critic_hidden, 1, config.activation)
-        seen = normalize.normalize(learner.statistics, obs, clip=10.0)
+        statistics = learner.statistics if name == "ppo" else learner.learned.statistics
+        seen = normalize.normalize(statistics, obs, clip=10.0)
         return np.asarray(critic.apply(learner.params["critic"], seen)).squeeze(-1)
     algorithm = importlib.import_module(ALGORITHMS[name]).make(config, env.spec, make_schedule(env, TRAIN).plan)
     _, action, _ = algorithm.act(run.policy, (), obs, jax.random.key(0), "greedy")
@@ -98,7 +109,8 @@ def valued(name, world, obs=None, **changes):
 
 
 VALUED = [name for name in ALGORITHMS if name != "bc"]  # which has no values
-every = pytest.mark.parametrize("name", VALUED)
+GENERATIVE = ("fpo", "dppo")  # whose updates take longest
+every = pytest.mark.parametrize("name", of_each_kind(VALUED, tuple(name for name in VALUED if name not in GENERATIVE)))
 one = pytest.mark.parametrize("name", of_each_kind(VALUED, ("ppo",)))  # below all of them value both endings
 
 
@@ -140,7 +152,7 @@ def test_of_two_ways_that_differ_in_their_ending_alone_each_has_its_value(name):
     np.testing.assert_allclose(found, [1.0, 10.0, 9.0], rtol=0, atol=0.5)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", of_each_kind(ALGORITHMS, tuple(name for name in ALGORITHMS if name != "dppo")))
 @pytest.mark.parametrize(
     "world", [pytest.param("action_reward_continuous", marks=pytest.mark.slow), "obs_action_reward_continuous"]
 )
@@ -164,3 +176,24 @@ def test_memory_solves_what_a_feedforward_policy_cannot():
     _, run = learn("ppo", "probe/memory", longer, recurrent=True)
     assert abs(blind.history[-1]["eval/return"]) < 0.3
     assert run.history[-1]["eval/return"] > 0.95
+
+
+@pytest.mark.slow
+def test_a_flow_keeps_both_modes_of_a_bandit_and_a_gaussian_keeps_one():
+    """`probe/two_modes` pays near -.5 and .5. Five seeds; mass is what lies within .25 of a mode."""
+    env = envs.make("probe/two_modes")
+
+    def masses(name, **changes):
+        module = importlib.import_module(ALGORITHMS[name])
+        config = dataclasses.replace(module.Config(), **{**FAST[name], **changes})
+        algorithm = module.make(config, env.spec, make_schedule(env, TRAIN).plan)
+        runs = {str(seed): (dataclasses.replace(TRAIN, seed=seed), config) for seed in range(5)}
+        for run in train_many(env, module, runs, progress=Progress(quiet=True)).values():
+            policy = algorithm.policy(run.state.learner, "sample")
+            action = algorithm.act(policy, (), jnp.zeros((2000, 1)), jax.random.key(0), "sample")[1][:, 0]
+            yield [float((jnp.abs(action - mode) < 0.25).mean()) for mode in (-0.5, 0.5)]
+
+    for both in masses("fpo", flow_loss="velocity", learning_rate=1e-3, clip_eps=0.1, num_flow_steps=10):
+        assert all(0.3 < mass < 0.7 for mass in both), both
+    for both in masses("ppo"):
+        assert not all(0.3 < mass < 0.7 for mass in both), both

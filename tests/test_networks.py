@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlx.networks import ACTIVATIONS, GRU, MLP, activation, select
+from rlx.networks import (
+    ACTIVATIONS,
+    GRU,
+    MLP,
+    ResidualMLP,
+    TimeMLP,
+    activation,
+    check_residual,
+    embed_time,
+    select,
+)
 from rlx.types import UserError
 
 KEY = jax.random.key(0)
@@ -121,3 +131,37 @@ def test_select_names_the_keys_there_are_while_tracing():
     obs = {"state": jnp.ones(2), "privileged_state": jnp.zeros(3)}
     with pytest.raises(UserError, match="'privileged'.*Did you mean privileged_state.*privileged_state, state"):
         jax.jit(lambda o: select(o, "privileged"))(obs)
+
+
+def test_residual_blocks_add_to_their_input():
+    """Blocks of zero weights change nothing: what is left is the first layer and the output."""
+    network = ResidualMLP((8, 8, 8, 8, 8), 2)
+    x = jax.random.normal(KEY, (4, 3))
+    params = network.init(KEY, x)
+    assert len(params["params"]) == 6  # first, two blocks of two, output
+    for i in range(1, 5):
+        params["params"][f"Dense_{i}"] = jax.tree.map(jnp.zeros_like, params["params"][f"Dense_{i}"])
+    first, out = params["params"]["Dense_0"], params["params"]["output"]
+    hidden = jax.nn.mish(x @ first["kernel"] + first["bias"][None])
+    expected = hidden @ out["kernel"] + out["bias"][None]
+    np.testing.assert_allclose(network.apply(params, x), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_times_are_embedded_by_cosines_and_sines():
+    found = embed_time(jnp.asarray([[0.0, 0.5]]), (1.0, 4.0))
+    expected = [[[1, 1, 0, 0], [np.cos(0.5), np.cos(2), np.sin(0.5), np.sin(2)]]]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"residual": True}, {"embed_hidden": 4}])
+def test_a_network_of_time_has_the_shape_of_the_action(settings):
+    network = TimeMLP((8, 8, 8), 2, (1.0, 2.0), **settings)
+    inputs = (jnp.ones((5, 4, 3)), jnp.ones((5, 4, 2)), jnp.ones((5, 4)))
+    out = network.apply(network.init(KEY, *(x[0, 0] for x in inputs)), *inputs)
+    assert out.shape == (5, 4, 2) and out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("widths", [(), (8, 8), (8, 8, 4)])
+def test_residual_widths_are_equal_and_odd_in_number(widths):
+    with pytest.raises(UserError, match="algo.actor_hidden.*odd number"):
+        check_residual(widths, "algo.actor_hidden")

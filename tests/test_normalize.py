@@ -195,3 +195,24 @@ def test_wrong_shapes_and_structures_are_refused():
         normalize.update(stats, {"a": ones[:0], "b": ones[:0]})
     with pytest.raises(AssertionError):
         normalize.normalize(stats, ones)
+
+
+def test_a_range_is_mapped_to_the_box_and_grows():
+    stats = normalize.init(SPEC)
+    first = jnp.asarray([[0.0, -1.0, 5.0], [2.0, -3.0, 5.0]])
+    stats = jax.jit(normalize.update_range)(stats, first)
+    np.testing.assert_allclose(normalize.normalize(stats, first), [[-1, 1, 0], [1, -1, 0]], atol=1e-5)
+    stats = normalize.update_range(stats, jnp.asarray([[6.0, -2.0, 5.0]]))
+    np.testing.assert_allclose(stats.mean, [3.0, -2.0, 5.0], rtol=1e-6)
+    np.testing.assert_allclose(stats.std[:2], [3.0, 1.0], rtol=1e-6)
+    assert int(stats.count[0]) == 3
+
+
+def test_a_range_is_that_of_all_batches():
+    data = stream(50, offset=3.0, drift=0.5)
+    stats = normalize.init(SPEC)
+    for batch in data:
+        stats = jax.jit(normalize.update_range)(stats, batch)
+    flat = data.reshape(-1, 3)
+    np.testing.assert_allclose(stats.mean - stats.std, flat.min(axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stats.mean + stats.std, flat.max(axis=0), rtol=1e-4, atol=1e-4)

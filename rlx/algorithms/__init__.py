@@ -7,4 +7,6 @@ ALGORITHMS = {
     "sac": "rlx.algorithms.sac",
     "td3": "rlx.algorithms.td3",
     "bc": "rlx.algorithms.bc",
+    "fpo": "rlx.algorithms.fpo",
+    "dppo": "rlx.algorithms.dppo",
 }
