@@ -79,8 +79,8 @@ def compile_run(
 
     def evaluate(state: TrainState, varied: Any) -> tuple[EvalResult, Policy]:
         algorithm = make(varied, None)
-        policy = algorithm.policy(state.learner, "greedy")
-        play = make_evaluate(env, algorithm, config.eval_episodes, "greedy", config.eval_decisions, mesh)
+        policy = algorithm.policy(state.learner, config.eval_mode)
+        play = make_evaluate(env, algorithm, config.eval_episodes, config.eval_mode, config.eval_decisions, mesh)
         _, _, _, eval_key = jax.random.split(state.key, 4)
         return play(policy, eval_key), policy
 

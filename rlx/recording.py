@@ -161,7 +161,8 @@ class Recorder:
         returns, lengths = np.asarray(result.returns), np.asarray(result.lengths)
         step = self.step(iteration)
         if self._directory:
-            entry = {"step": step, "mode": "greedy", "physics": self._directory.config.get("physics", "")}
+            mode = self._directory.config["train"].get("eval_mode", "greedy")
+            entry = {"step": step, "mode": mode, "physics": self._directory.config.get("physics", "")}
             write_atomically(self._directory.path / "eval.json", json.dumps(entry | episodes(result)))
         if self._checkpointer:
             self._checkpointer.save_best(step, policy, float(returns.mean()))

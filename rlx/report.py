@@ -29,7 +29,7 @@ RULE = (
     "The verdict compares our mean with the reference's mean ± its standard deviation over runs; where that is not "
     "known, with ± {tolerance:.0%} of the mean, at least {least:.0%} of the task's range. Fewer steps than the "
     "reference's are named. The interval is the 95 % stratified bootstrap interval of the interquartile mean (IQM). A "
-    "score is the mean return of the last evaluation, after the last step, with deterministic actions."
+    "score is the mean return of the last evaluation, after the last step, with {actions} actions."
 )
 EXPLORATORY = (
     "**Exploratory.** {seeds} seeds a row are fewer than {needed}: intervals of so few runs are too narrow, and this "
@@ -74,10 +74,13 @@ def document(found: Findings) -> list[Block]:
     if found.exploratory:
         blocks.append(Paragraph(EXPLORATORY.format(seeds=seeds, needed=MIN_RUNS)))
     blocks += [Heading(2, "What was run"), Code(found.command), _facts(found)]
+    modes = {changed_settings(result).get("eval_mode", "greedy") for result in found.results}
+    words = {"greedy": "deterministic", "sample": "drawn"}
+    actions = " or (see the settings) ".join(words[mode] for mode in sorted(modes))
     blocks += [
         Heading(2, "Results"),
         *_table(found),
-        Paragraph(RULE.format(tolerance=study.tolerance, least=study.tolerance / 5)),
+        Paragraph(RULE.format(tolerance=study.tolerance, least=study.tolerance / 5, actions=actions)),
     ]
     for result in found.results:
         for run in result.failed:

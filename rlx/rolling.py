@@ -121,3 +121,21 @@ def check_finite(nonfinite: Mapping[str, Any]) -> None:
     for leaf, index in nonfinite.items():
         if index >= 0:
             raise NonFiniteError(f"environment {index} gave a value that is not finite in {leaf}; nothing was written.")
+
+
+def first_episodes(
+    env: Environment, algorithm: Algorithm, policy: Policy, mode: Mode, number: int, key: Key
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The first episodes of `number` environments whose observations are vectors: of each the observations [L + 1, d],
+    the final one last; and their returns [number]. Those without an end are cut at the environment's time limit."""
+    decisions = -(-(env.spec.episode_length or 1000) // env.spec.action_repeat)
+    quiet = Progress(quiet=True)
+    rolled = roll_out(
+        env, algorithm, policy, mode, number * decisions, number, "always", key, quiet, lambda steps: None
+    )
+    ended = rolled.terminated | rolled.truncated
+    lengths = ended.argmax(axis=1) + 1
+    finals = np.append(0, np.cumsum(ended.sum(axis=1))[:-1])  # where an environment's own begin
+    paths = [np.vstack([rolled.obs[b, :n], rolled.final_obs[finals[b]]]) for b, n in enumerate(lengths)]
+    returns = [rolled.reward[b, :n].sum() for b, n in enumerate(lengths)]
+    return paths, np.asarray(returns)

@@ -27,6 +27,7 @@ class TrainConfig:
     num_evals: int = 10  # evaluations after the one at the start, evenly spaced, the last at the end; 0: none
     eval_episodes: int = 64  # episodes an evaluation
     eval_decisions: int = 0  # cut of an episode without an ending; 0: the environment's time limit
+    eval_mode: Literal["greedy", "sample"] = "greedy"  # of evaluations: deterministic, or draws from the policy
     reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of drawn states, or anew
     reset_pool_size: int = 128  # states in that pool, a quarter of which is drawn anew once an epoch
     num_groups: int = 0  # of environments, each shuffled by itself, whole on a device; 0: a power of 2 up to 32
@@ -85,6 +86,7 @@ def make_schedule(env: Environment, config: TrainConfig, num_runs: int = 1) -> S
         require(config.eval_decisions > 0, "eval_decisions", config.eval_decisions, allowed)
     check_seed(config.seed)
     require(config.reset in ("pool", "always"), "reset", config.reset, "pool or always")
+    require(config.eval_mode in ("greedy", "sample"), "eval_mode", config.eval_mode, "greedy or sample")
     num_groups = config.num_groups or math.gcd(config.num_envs, 32)
     allowed = f"at least 0, and a divisor of num_envs = {config.num_envs}"
     require(num_groups >= 1 and config.num_envs % num_groups == 0, "num_groups", num_groups, allowed)

@@ -42,6 +42,10 @@ class Variant:
 
     algorithm: str  # as on the command line; a file that is not absolute lies beside study.py
     settings: Mapping[str, Any] = nothing()  # flat, as on the command line: {"algo.gamma": 0.9}
+    data: Mapping[str, tuple[str, ...]] = nothing()  # environment -> data sets; a relative path lies beside study.py
+    start: str = (
+        ""  # one of the algorithms before it, whose policy (of the first seed) on an environment it begins with
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Program(NamedTuple):
     env_reference: str
     layers: tuple[tuple[str, Mapping[str, Any]], ...]  # (where from, flat settings) above the preset
     seeds: tuple[int, ...]
+    data: tuple[str, ...] = ()  # files
+    start: Path | None = None  # the run in the folder of the study's size that the policy to start from is of
 
     @property
     def title(self) -> str:
@@ -123,6 +129,13 @@ def check(study: Study) -> None:
         for env in size.environments:
             if env not in study.environments:
                 raise unknown(f"sizes[{name!r}]: environment of the study", env, study.environments)
+    for index, (name, variant) in enumerate(study.algorithms.items()):
+        earlier = list(study.algorithms)[:index]
+        if variant.start and variant.start not in earlier:
+            raise unknown(f"algorithms[{name!r}].start: an algorithm before it", variant.start, earlier)
+        for env in variant.data:
+            if env not in study.environments:
+                raise unknown(f"algorithms[{name!r}].data: environment of the study", env, study.environments)
     for (algorithm, env), reference in study.references.items():
         if algorithm not in study.algorithms:
             raise unknown("references: algorithm of the study", algorithm, study.algorithms)
@@ -180,7 +193,9 @@ def programs(study: Study, size: str, folder: str | Path) -> list[Program]:
                 (f"study, size {size}, this environment", chosen.environments.get(env, {})),
             )
             own, of_env = (beside(reference, folder) for reference in (variant.algorithm, env))
-            found.append(Program(name, env, own, of_env, layers, chosen.seeds))
+            data = tuple(str(Path(folder).absolute() / file) for file in variant.data.get(env, ()))
+            start = Path(variant.start) / folder_name(env) / run_name(chosen.seeds[0]) if variant.start else None
+            found.append(Program(name, env, own, of_env, layers, chosen.seeds, data, start))
     return found
 
 

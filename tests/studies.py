@@ -20,7 +20,9 @@ def make_study(num_seeds=3, algorithms=("ppo",), envs=ENVS, **changes):
             "name": "tiny",
             "title": "A tiny study",
             "about": "What it asks.",
-            "algorithms": {name: Variant("ppo", {"algo.gamma": 0.9}) for name in algorithms},
+            "algorithms": algorithms
+            if isinstance(algorithms, dict)
+            else {name: Variant("ppo", {"algo.gamma": 0.9}) for name in algorithms},
             "environments": {env: Task(0.0, 1000.0) for env in envs},
             "sizes": {"small": Size(tuple(range(num_seeds)), {"total_steps": 1000})},
             "references": {(name, env): reference() for name in algorithms for env in envs},

@@ -322,3 +322,13 @@ def test_sac_updates_are_measured_in_both(tmp_path):
         assert len(contender["runs"][0]["updates_per_second"]) == 2
         assert contender["updates_per_second"]["min"] > 0
     assert "device_put_replicated" in content["contenders"]["brax"]["note"]
+
+
+def test_the_benchmark_of_acting_has_a_row_for_each_actor_and_mode(tmp_path, capsys):
+    out = tmp_path / "acting.json"
+    sizes = "--steps 2 --num-envs 4 --hidden 8 --inner 2 --rounds 1"
+    script("acting").main([*sizes.split(), "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["actor"] for row in rows[::2]] == ["ppo", "fpo, 2 steps", "dppo, 2 steps"]
+    assert all(row["us_per_decision"] > 0 for row in rows) and rows[0]["times_ppo"] == rows[1]["times_ppo"] == 1
+    assert "1.0x" in capsys.readouterr().out

@@ -83,7 +83,7 @@ assert not loaded & {"jax", "brax", "gymnax", "mujoco_playground", "tyro", "rich
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "playground/CheetahRun" in done.stdout.split()
-    assert "Did you mean playground/CheetahRun" in done.stderr and "Did you mean ppo?" in done.stderr
+    assert "Did you mean playground/CheetahRun" in done.stderr and "Did you mean ppo or dppo?" in done.stderr
 
 
 def test_a_folder_called_envs_in_the_working_directory_hides_nothing(tmp_path):
@@ -395,3 +395,20 @@ def test_programs_of_many_runs_have_cpu_devices_unless_a_number_is_named(variabl
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | variables
     )
     assert int(found.stdout) == expected
+
+
+def test_evaluations_draw_actions_where_a_run_says_so(capsys, monkeypatch, tmp_path):
+    """On probe/lqr the starts are drawn, so each evaluation is compared with that of the other mode."""
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--total-steps", "64", "--num-envs", "4", "--unroll-length", "4", "--num-evals", "1", "--quiet"]
+    tiny += ["--eval-episodes", "64"]
+    assert run(capsys, "train", "ppo", "probe/lqr", *tiny, "--eval-mode", "sample", "--run-dir", "a")[0] == 0
+    drawn = json.loads(Path("a/eval.json").read_text())
+    assert drawn["mode"] == "sample" and config_of("a")["train"]["eval_mode"] == "sample"
+    assert run(capsys, "evaluate", "a", "--episodes", "64")[0] == 0
+    again = json.loads(Path("a/eval.json").read_text())
+    assert again["mode"] == "sample" and again["returns"] == pytest.approx(drawn["returns"], rel=1e-4)
+    status, out, _ = run(capsys, "evaluate", "a", "--episodes", "64", "--mode", "greedy")
+    assert status == 0 and json.loads(Path("a/eval.json").read_text()) == again
+    assert f"{sum(again['returns']) / 64:.4g}" not in out
+    assert run(capsys, "train", "ppo", "probe/lqr", *tiny, "--eval-mode", "mean", "--run-dir", "b")[0] == 2

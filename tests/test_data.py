@@ -14,13 +14,14 @@ import pytest
 
 import envs
 from envs.probes import lqr_optimum
+from envs.wrappers import ActionChunk, ActionRepeat
 from rlx import collection, data, rolling
 from rlx.algorithm import Algorithm, Plan
 from rlx.algorithms import bc, ppo, sac
 from rlx.collection import Part, random_policy, split_steps
 from rlx.compilation import compile_run
 from rlx.data import transitions
-from rlx.data_file import column, load, write
+from rlx.data_file import column, describe_env, load, write
 from rlx.errors import NonFiniteError, UserError
 from rlx.evaluation import make_evaluate
 from rlx.logging import Progress
@@ -81,6 +82,17 @@ def test_what_is_collected_is_read_with_true_successors_at_every_ending(tmp_path
     columns, _ = load(tmp_path / "a.npz")
     assert columns["observations"].shape == (26, 2)
     np.testing.assert_array_equal(columns["episode_ids"], np.repeat(np.arange(7), [3, 3, 3, 1, 3, 3, 3]))
+
+
+def test_first_episodes_are_whole_and_each_environments_own():
+    env = Counter(3, "terminated")
+    algorithm = constant_algorithm(Plan(1, 1, 1), 0.5)
+    paths, returns = rolling.first_episodes(env, algorithm, algorithm.init(None), "greedy", 5, jax.random.key(0))
+    np.testing.assert_array_equal(returns, np.full(5, 6.0))
+    for path in paths:
+        np.testing.assert_array_equal(path[:, 1], [0, 1, 2, 3])
+        np.testing.assert_array_equal(path[:, 0], np.full(4, path[0, 0]))
+    assert len({float(path[0, 0]) for path in paths}) == 5
 
 
 @pytest.mark.parametrize(
@@ -348,6 +360,129 @@ def test_windows_out_of_data_are_n_step_targets_within_one_episode(tmp_path):
         assert (float(batch.reward[i]), float(batch.discount[i])) == pytest.approx((reward, discount))
         np.testing.assert_array_equal(batch.next_obs[i], steps.next_obs[last])
         np.testing.assert_array_equal(batch.action[i], steps.action[row])
+
+
+def named(env=None):
+    """Without a name of its own an environment goes by its class, and in chunks by that of the wrapper."""
+    env = env or Counter(5)
+    env.spec = dataclasses.replace(env.spec, name="counter")
+    return env
+
+
+CHUNKS = [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 4], [4, 4, 4], [5, 6, 6], [6, 6, 6]]  # episodes of 5 and 2 steps
+REWARDS = [1 + 2 + 4, 2 + 4 + 8, 4 + 8 + 16, 8 + 16, 16, 32 + 64, 64]
+TERMINATED = [False, False, True, True, True, False, False]
+TRUNCATED = [False, False, False, False, False, True, True]
+OBS = [[0, 0], [0, 1], [0, 2], [0, 3], [0, 4], [1, 0], [1, 1]]
+NEXT_OBS = [[0, 3], [0, 4], [0, 5], [0, 5], [0, 5], [1, 2], [1, 2]]
+NEXT = [3, 4, 5, 5, 5, 0, 0]  # where the next one begins
+
+
+def one_at_a_time(path, env=None):
+    """Step i of seven has the action i / 10 and the reward 2^i; obs = [episode, t]; one terminates, one is cut."""
+    columns = {
+        "observations": np.array([[0, t] for t in range(6)] + [[1, t] for t in range(3)], np.float32),
+        "actions": np.arange(7, dtype=np.float32)[:, None] / 10,
+        "rewards": 2 ** np.arange(7, dtype=np.float32),
+        "terminations": np.arange(7) == 4,
+        "truncations": np.arange(7) == 6,
+        "episode_ids": np.array([0] * 5 + [1] * 2, np.int64),
+    }
+    write(path, {name: column(array) for name, array in columns.items()}, describe_env(env or named()))
+    return path
+
+
+def test_single_actions_are_read_as_chunks_up_to_the_end_of_an_episode(tmp_path):
+    found = data.read([(one_at_a_time(tmp_path / "a.npz"), None)], ActionChunk(named(), 3))
+    steps = everything(found)
+    np.testing.assert_array_equal(steps.obs, OBS)
+    np.testing.assert_array_equal(steps.action, np.array(CHUNKS, np.float32) / 10)
+    np.testing.assert_array_equal(steps.reward, REWARDS)
+    np.testing.assert_array_equal(steps.terminated, TERMINATED)
+    np.testing.assert_array_equal(steps.truncated, TRUNCATED)
+    np.testing.assert_array_equal(steps.next_obs, NEXT_OBS)
+    assert (steps.action.dtype, steps.reward.dtype, found.arrays.spans.dtype) == (np.float32, np.float32, np.int32)
+
+
+def test_rewards_of_several_agents_are_summed_apart():
+    rewards = np.stack([np.arange(4), 10 * np.arange(4)], axis=1).astype(np.float32)
+    last = np.arange(4) == 3
+    arrays = data.Arrays(np.zeros((5, 1)), np.zeros((4, 1)), rewards, last, ~last & last, np.zeros(4, np.int32))
+    np.testing.assert_array_equal(data.in_chunks(arrays, 2).rewards, [[1, 10], [3, 30], [5, 50], [3, 30]])
+
+
+def test_a_run_of_chunks_goes_on_where_the_last_one_ended(tmp_path):
+    found = data.read([(one_at_a_time(tmp_path / "a.npz"), None)], ActionChunk(named(), 3))
+    trajectory = jax.tree.map(np.asarray, draw(found, Plan(300, 4, 1, action_repeat=3)))
+    rows = np.array([[REWARDS.index(reward) for reward in rewards] for rewards in trajectory.reward])
+    np.testing.assert_array_equal(rows[1:], np.array(NEXT)[rows[:-1]])
+    assert (np.bincount(rows[0], minlength=7) > 20).all()
+    np.testing.assert_array_equal(trajectory.obs, np.array(OBS)[rows])
+    np.testing.assert_array_equal(trajectory.next_obs, np.array(NEXT_OBS)[rows])
+    np.testing.assert_array_equal(trajectory.terminated, np.array(TERMINATED)[rows])
+    np.testing.assert_array_equal(trajectory.truncated[:-1], np.array(TRUNCATED)[rows[:-1]])
+    assert (trajectory.truncated | trajectory.terminated)[-1].all()  # what follows begins elsewhere
+
+
+def test_n_step_targets_of_chunks_discount_once_a_decision(tmp_path):
+    found = data.read([(one_at_a_time(tmp_path / "a.npz"), None)], ActionChunk(named(), 3))
+    batch = jax.jit(found.draw, static_argnums=(2, 3))(found.arrays, jax.random.key(0), 100, 2, 0.5)
+    for i, obs in enumerate(np.asarray(batch.obs).tolist()):
+        row = OBS.index(obs)
+        more = not (TERMINATED[row] or TRUNCATED[row])
+        last = NEXT[row] if more else row
+        assert batch.reward[i] == REWARDS[row] + more * 0.5 * REWARDS[last]
+        assert batch.discount[i] == (0.0 if TERMINATED[last] else 0.5 ** (1 + more))
+        np.testing.assert_array_equal(batch.next_obs[i], NEXT_OBS[last])
+        np.testing.assert_array_equal(batch.action[i], np.array(CHUNKS[row], np.float32) / 10)
+
+
+def test_what_is_collected_in_chunks_is_read_as_it_is_and_beside_single_actions(tmp_path):
+    env = ActionChunk(named(), 3)
+    metadata = collect(tmp_path / "a.npz", env, 8, algorithm=random_policy(env.spec))
+    assert metadata["action"] == {"low": [-1.0] * 3, "high": [1.0] * 3, "repeat": 3, "chunk": 3}
+    assert metadata["parts"][0]["mean_return"] == 15.0
+    steps = everything(data.read([(tmp_path / "a.npz", None)], env))
+    np.testing.assert_array_equal(steps.obs[:, 1], [0, 3] * 4)
+    np.testing.assert_array_equal(steps.next_obs[:, 1], [3, 5] * 4)
+    np.testing.assert_array_equal(steps.reward, [1 + 2 + 3, 4 + 5] * 4)
+    np.testing.assert_array_equal(steps.truncated, [False, True] * 4)
+    np.testing.assert_array_equal(steps.action, load(tmp_path / "a.npz")[0]["actions"])
+    found = data.read([(tmp_path / "a.npz", None), (one_at_a_time(tmp_path / "b.npz"), None)], env)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[:8], y), everything(found), steps)
+    np.testing.assert_array_equal(everything(found).next_obs[8:], NEXT_OBS)
+    trajectory = draw(found, Plan(100, 6, 1))
+    of_file = np.asarray(trajectory.reward)[..., None] == np.array([6.0, 9.0])
+    assert (of_file.any(axis=2) == of_file.any(axis=2)[0]).all()  # no run goes over into the other file
+
+
+def test_actions_that_are_no_part_of_the_chunks_are_refused(tmp_path):
+    three, path = ActionChunk(named(), 3), one_at_a_time(tmp_path / "a.npz")
+    assert "chunk" not in load(path)[1]["action"]  # as in files from before there were any
+    collect(tmp_path / "b.npz", three, 8, algorithm=random_policy(three.spec))
+    for file, env in (
+        ("b", named()),
+        ("b", ActionChunk(named(), 2)),
+        ("a", ActionChunk(ActionRepeat(named(), 2), 3)),
+        ("a", ActionChunk(named(Counter(5, action=Box((1,), -2.0, 2.0))), 3)),
+        ("a", ActionChunk(named(Counter(5, action=Box((2,)))), 3)),
+        ("a", ActionRepeat(named(), 3)),
+    ):
+        with pytest.raises(UserError, match="its actions are {'low'"):
+            data.read([(tmp_path / f"{file}.npz", None)], env)
+    repeated = one_at_a_time(tmp_path / "c.npz", ActionRepeat(named(), 2))
+    data.read([(repeated, None)], ActionChunk(ActionRepeat(named(), 2), 3))
+    wide = edited(path, tmp_path / "d.npz", replace("actions", lambda x: np.repeat(x, 3, axis=1)))
+    with pytest.raises(UserError, match=r"actions is float32\[7, 3\]; it must be float32\[7, 1\]"):
+        data.read([(wide, None)], three)
+
+
+def test_a_learner_clones_chunks_out_of_single_actions_and_counts_their_steps(tmp_path):
+    env = ActionChunk(named(), 3)
+    found = data.read([(one_at_a_time(tmp_path / "a.npz"), None)], env)
+    result = train(env, bc, SMALL, CONFIG, data=found, progress=quiet())
+    assert result.history[-1]["step"] == 192 and result.state.iteration == 2  # 4 environments, 8 decisions, 3 steps
+    assert result.history[-1]["eval/return"] == 15.0 and result.history[-1]["eval/length"] == 5.0
 
 
 MIXING = sac.Config(

@@ -14,12 +14,14 @@ from pathlib import Path
 import jax
 import pytest
 
+import envs
 from envs.names import DM_CONTROL
 from rlx import cli, machine, training
 from rlx.cli.pairs import find_pair
 from rlx.cli.studies import merge
+from rlx.collection import Part, collect, random_policy
 from rlx.errors import UserError
-from rlx.logging import read_metrics
+from rlx.logging import Progress, read_metrics
 from rlx.study import Size, Study, Task, Variant, beside, load, programs, select
 from tests.studies import ENVS, make_study, reference
 from tests.test_training import without_time
@@ -149,6 +151,53 @@ def test_nothing_that_is_finished_is_repeated(done, monkeypatch, capsys):
     monkeypatch.setattr(training, "train_many", None)  # called, it would be an error
     assert reproduce() == status == 1
     assert "report:" in capsys.readouterr().out and metrics(folder) == before
+
+
+CLONING = """
+from rlx.study import Size, Study, Task, Variant
+
+SIZES = {"total_steps": 256, "num_envs": 16, "unroll_length": 4, "num_evals": 2, "eval_episodes": 4}
+STUDY = Study(
+    name="cloning",
+    title="Cloning and fine-tuning",
+    about="Whether the second begins where the first ends.",
+    algorithms={
+        "tuned": Variant("ppo", {"algo.actor_hidden": [8], "algo.learning_rate": 1e-3}, start="clone"),
+        "clone": Variant("bc", {"algo.actor_hidden": [8]}, data={"probe/lqr": ("a.npz",)}),
+    },
+    environments={"probe/lqr": Task(-100.0, 0.0)},
+    sizes={"small": Size((0, 1), SIZES)},
+)
+"""
+
+
+def test_a_study_fine_tunes_what_it_has_cloned_of_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "experiments" / "cloning"
+    folder.mkdir(parents=True)
+    (folder / "study.py").write_text(CLONING)
+    assert cli.main(["reproduce", "cloning", "--quiet"]) == 2
+    assert "start: an algorithm before it 'clone'" in capsys.readouterr().err
+    lines = CLONING.splitlines(keepends=True)
+    index = next(i for i, line in enumerate(lines) if '"tuned"' in line)
+    lines[index], lines[index + 1] = lines[index + 1], lines[index]
+    (folder / "study.py").write_text("".join(lines))
+    assert cli.main(["reproduce", "cloning", "--quiet"]) == 2
+    assert "a.npz" in capsys.readouterr().err and not (tmp_path / "runs/cloning/small/clone").exists()
+    env = envs.make("probe/lqr")
+    collect(env, [Part(random_policy(env.spec), (), 400)], folder / "a.npz", progress=Progress(quiet=True))
+    assert cli.main(["reproduce", "cloning", "--quiet"]) == 0
+    runs = tmp_path / "runs/cloning/small"
+    for seed in (0, 1):
+        recorded = json.loads((runs / f"tuned/probe-lqr/seed-{seed}/config.json").read_text())
+        assert recorded["from"] == str(runs / "clone/probe-lqr/seed-0") and "data" not in recorded
+        cloned = json.loads((runs / f"clone/probe-lqr/seed-{seed}/config.json").read_text())
+        assert cloned["from"] is None and cloned["data"][0]["path"] == str(folder / "a.npz")
+    last, first = (
+        read_metrics(runs / name / "probe-lqr/seed-0/metrics.jsonl")[row]["eval/return"]
+        for name, row in (("clone", -1), ("tuned", 0))
+    )
+    assert first == pytest.approx(last, rel=1e-4)  # the same key draws the same episodes
 
 
 def test_a_study_s_runs_are_evaluated(done, capsys):
@@ -366,6 +415,8 @@ def test_the_command_lists_what_it_takes(capsys):
         ({"references": {("ppo", ENVS[0]): reference(steps=0)}}, "steps = 0"),
         ({"references": {("ppo", ENVS[0]): reference(trust="some")}}, "high, medium, low"),
         ({"tolerance": 0.0}, "tolerance = 0.0"),
+        ({"algorithms": {"ppo": Variant("ppo", start="bc")}, "references": {}}, "start: an algorithm before it 'bc'"),
+        ({"algorithms": {"bc": Variant("bc", data={"probe/lqe": ("a",)})}, "references": {}}, "Did you mean probe/lqr"),
     ],
 )
 def test_a_study_that_contradicts_itself_is_refused(changes, message):
@@ -387,6 +438,22 @@ def test_programs_are_every_algorithm_on_every_environment_of_the_size_with_laye
     assert len(programs(study, "full", "/x")) == 4
     with pytest.raises(UserError, match="size of the study 'ful'.*full"):
         programs(study, "ful", "/x")
+
+
+def test_data_and_the_run_to_start_from_are_found_by_environment():
+    study = make_study(
+        2,
+        {
+            "clone": Variant("bc", data={ENVS[1]: ("x.npz", "/y.npz")}),
+            "tuned": Variant("dppo", start="clone"),
+        },
+        references={},
+        sizes={"small": Size((5, 6))},
+    )
+    found = {p.title: p for p in programs(study, "small", "/x")}
+    assert found[f"clone on {ENVS[1]}"].data == ("/x/x.npz", "/y.npz") and found[f"clone on {ENVS[0]}"].data == ()
+    assert found[f"tuned on {ENVS[1]}"].start == found[f"clone on {ENVS[1]}"].folder / "seed-5"
+    assert found[f"clone on {ENVS[1]}"].start is None
 
 
 def test_environments_are_picked_by_either_name():

@@ -30,14 +30,14 @@ from rlx.logging import FAILED, Progress, RunDirectory, run_directories, write_a
 
 def evaluate(arguments: list[str]) -> int:
     """`rlx evaluate RUN_DIR`: writes eval.json and prints the mean return."""
-    text = "Play whole episodes with a run's policy; greedy ones are written to eval.json in the run directory."
+    text = "Play whole episodes with a run's policy; in the run's own mode they are written to its eval.json."
     parser = argparse.ArgumentParser("rlx evaluate", description=text, allow_abbrev=False)
     parser.add_argument("run_dir")
     parser.add_argument("--episodes", type=int, default=128, help="how many, in parallel (128)")
     parser.add_argument("--seed", type=int, help="decides the starts and the noise (the run's own, as in training)")
     parser.add_argument("--decisions", type=int, default=0, help="cut of an episode (0: the time limit)")
     parser.add_argument("--best", action="store_true", help="the policy of the best evaluation, not the newest")
-    parser.add_argument("--mode", choices=("greedy", "sample"), default="greedy", help="greedy is deterministic")
+    parser.add_argument("--mode", choices=("greedy", "sample"), help="greedy is deterministic (the run's own)")
     parser.add_argument("--physics", default="", help="another engine than the run's: mjx, warp or mujoco")
     options = parser.parse_args(arguments)
     require(options.episodes >= 1, "--episodes", options.episodes, "at least 1")
@@ -45,6 +45,7 @@ def evaluate(arguments: list[str]) -> int:
         with shown.phase("building"):
             members = run_directories(options.run_dir)
             run = load_run(members[0], options.physics)
+            mode = options.mode or run.train_config.eval_mode
             import jax
 
             from rlx.evaluation import make_evaluate
@@ -64,7 +65,7 @@ def evaluate(arguments: list[str]) -> int:
             decisions = options.decisions or run.train_config.eval_decisions
             plan = make_schedule(run.env, one_device(run.train_config)).plan
             algorithm = run.module.make(config, run.env.spec, plan)
-            return jax.jit(make_evaluate(run.env, algorithm, options.episodes, options.mode, decisions))
+            return jax.jit(make_evaluate(run.env, algorithm, options.episodes, mode, decisions))
 
         for path in members:
             train_config, config = settings_of(RunDirectory.open(path), run.module)
@@ -73,15 +74,15 @@ def evaluate(arguments: list[str]) -> int:
                 print(f"{name}stopped: {json.loads((path / FAILED).read_text())['error']}")
                 continue
             built = (run.env, run.module, train_config, config)
-            _, policy, step = load_policy(path, *built, options.best, options.mode)
+            _, policy, step = load_policy(path, *built, options.best, mode)
             seed = train_config.seed if options.seed is None else options.seed
             with shown.phase("evaluating"):
                 _, _, _, key = jax.random.split(jax.random.key(seed), 4)  # the fourth, as in training
                 result = jax.device_get(player(config)(policy, key))
-            entry = {"step": step, "mode": options.mode, "seed": seed, "best": options.best}
+            entry = {"step": step, "mode": mode, "seed": seed, "best": options.best}
             entry["physics"] = run.env.spec.physics or run.pair.physics
             entry |= episodes(result)
-            if options.mode == "greedy":
+            if mode == run.train_config.eval_mode:
                 write_atomically(path / "eval.json", json.dumps(entry) + "\n")
             mean, std = result.returns.mean(), result.returns.std()
             text = f"mean return {mean:.4g}, standard deviation {std:.4g}, {options.episodes} episodes"

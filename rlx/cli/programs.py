@@ -56,11 +56,13 @@ def train_program(
     records: Mapping[str, Mapping[str, Any]],
     stop: StopSignal,
     quiet: bool,
+    **keywords: Any,
 ) -> None:
-    """Trains `runs` (`rlx.training.train_many`) to their end, or until `stop` is requested, which it also notes."""
+    """Trains `runs` to their end, or until `stop` is requested, which it also notes. `keywords`: more of those of
+    `rlx.training.train_many`."""
     from rlx.training import train_many
 
-    keywords: dict[str, Any] = {"run_dir": place, "records": records, "resume": (place / RUNS).is_file()}
+    keywords |= {"run_dir": place, "records": records, "resume": (place / RUNS).is_file()}
     keywords["on_epoch"] = lambda rows: stop.requested  # a signal that came while this was compiled
     try:
         done = train_many(env, algorithm, runs, progress=Progress(quiet=quiet), **keywords)

@@ -21,9 +21,11 @@ from rlx.cli.pairs import (
     envs_package,
     find_pair,
     load_algorithm,
+    load_data,
     load_env,
     recorded_pair,
     say,
+    start_policy,
     with_overrides,
 )
 from rlx.cli.programs import failures, finished, spread_over_cpu, train_program
@@ -40,10 +42,15 @@ class Planned(NamedTuple):
     """A program and what `train_many` takes of it."""
 
     program: Program
-    place: Path  # its folder
+    out: Path  # the folder of the study's size
     pair: Pair
     runs: Mapping[str, tuple[Any, Any]]  # name -> TrainConfig, Config
     merged: Mapping[str, settings.Setting]
+
+    @property
+    def place(self) -> Path:
+        """The program's folder."""
+        return self.out / self.program.folder
 
     @property
     def finished(self) -> bool:
@@ -124,8 +131,14 @@ def plan(every: Sequence[tuple[Program, Pair]], chosen: Sequence[Program], out: 
                     env, (train_config, config) = load_env(one.pair), next(iter(one.runs.values()))
                     algorithm = load_algorithm(one.pair)
                     plan = make_schedule(env, train_config, len(one.runs)).plan
-                    check_data(algorithm, config, build_algorithm(algorithm, config, env, plan), env, None)
+                    data = data_of(one.program, one.pair, env, quiet)
+                    check_data(algorithm, config, build_algorithm(algorithm, config, env, plan), env, data)
     return planned
+
+
+def data_of(program: Program, pair: Pair, env: Any, quiet: bool) -> Any:
+    """The data sets of a program, None without any. Raises UserError for a file with a fault."""
+    return load_data([(file, None) for file in program.data], pair, env, quiet)
 
 
 def merge(program: Program, pair: Pair, out: Path) -> Planned:
@@ -140,7 +153,7 @@ def merge(program: Program, pair: Pair, out: Path) -> Planned:
     require(train_config.num_evals >= 1, "num_evals", train_config.num_evals, "at least 1: evaluations are reported")
     config = settings.build(algorithm.Config, settings.values(merged, "algo."))
     runs = {run_name(seed): (dataclasses.replace(train_config, seed=seed), config) for seed in program.seeds}
-    return Planned(program, out / program.folder, pair, runs, merged)
+    return Planned(program, out, pair, runs, merged)
 
 
 def check_unchanged(one: Planned) -> None:
@@ -212,9 +225,19 @@ def run_program(one: Planned, record: Mapping[str, Any], quiet: bool, stop: Stop
         pair = pair._replace(physics=before.physics)  # "auto" may be another engine here
     env = load_env(pair)
     pair = pair._replace(physics=env.spec.physics or pair.physics)
+    start = str(one.out / one.program.start) if one.program.start else None
+    keywords = {
+        "init_policy": start_policy(start, pair.physics),
+        "data": data_of(one.program, pair, env, quiet=True),
+    }
     entries = settings.entries(one.merged)
     records = {
-        name: {**describe(pair), **record, "settings": {**entries, "seed": {"value": own.seed, "from": "study"}}}
+        name: {
+            **describe(pair),
+            **record,
+            "from": start,
+            "settings": {**entries, "seed": {"value": own.seed, "from": "study"}},
+        }
         for name, (own, _) in one.runs.items()
     }
-    train_program(one.place, env, load_algorithm(pair), one.runs, records, stop, quiet)
+    train_program(one.place, env, load_algorithm(pair), one.runs, records, stop, quiet, **keywords)
