@@ -76,6 +76,7 @@ def test_bad_actions_go_no_further_than_the_clip_with_the_square():
     assert ratios[True] < ratios[False]
 
 
+@pytest.mark.slow
 def test_clamps_bind_where_they_should():
     *_, (free, metrics) = updated(num_epochs=3)
     assert float(metrics["flow_loss"]) > 0.1

@@ -152,7 +152,7 @@ def test_of_two_ways_that_differ_in_their_ending_alone_each_has_its_value(name):
     np.testing.assert_allclose(found, [1.0, 10.0, 9.0], rtol=0, atol=0.5)
 
 
-@pytest.mark.parametrize("name", of_each_kind(ALGORITHMS, tuple(name for name in ALGORITHMS if name != "dppo")))
+@pytest.mark.parametrize("name", of_each_kind(ALGORITHMS, tuple(name for name in ALGORITHMS if name not in GENERATIVE)))
 @pytest.mark.parametrize(
     "world", [pytest.param("action_reward_continuous", marks=pytest.mark.slow), "obs_action_reward_continuous"]
 )
