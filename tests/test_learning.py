@@ -21,7 +21,7 @@ from rlx.logging import Progress
 from rlx.networks import MLP
 from rlx.off_policy import make_critics
 from rlx.schedule import TrainConfig, make_schedule
-from rlx.training import train, train_many
+from rlx.training import train
 from tests.kinds import of_each_kind
 
 TRAIN = TrainConfig(total_steps=64 * 16 * 60, num_envs=64, unroll_length=16, num_evals=1, eval_episodes=256)
@@ -176,24 +176,3 @@ def test_memory_solves_what_a_feedforward_policy_cannot():
     _, run = learn("ppo", "probe/memory", longer, recurrent=True)
     assert abs(blind.history[-1]["eval/return"]) < 0.3
     assert run.history[-1]["eval/return"] > 0.95
-
-
-@pytest.mark.slow
-def test_a_flow_keeps_both_modes_of_a_bandit_and_a_gaussian_keeps_one():
-    """`probe/two_modes` pays near -.5 and .5. Five seeds; mass is what lies within .25 of a mode."""
-    env = envs.make("probe/two_modes")
-
-    def masses(name, **changes):
-        module = importlib.import_module(ALGORITHMS[name])
-        config = dataclasses.replace(module.Config(), **{**FAST[name], **changes})
-        algorithm = module.make(config, env.spec, make_schedule(env, TRAIN).plan)
-        runs = {str(seed): (dataclasses.replace(TRAIN, seed=seed), config) for seed in range(5)}
-        for run in train_many(env, module, runs, progress=Progress(quiet=True)).values():
-            policy = algorithm.policy(run.state.learner, "sample")
-            action = algorithm.act(policy, (), jnp.zeros((2000, 1)), jax.random.key(0), "sample")[1][:, 0]
-            yield [float((jnp.abs(action - mode) < 0.25).mean()) for mode in (-0.5, 0.5)]
-
-    for both in masses("fpo", flow_loss="velocity", learning_rate=1e-3, clip_eps=0.1, num_flow_steps=10):
-        assert all(0.3 < mass < 0.7 for mass in both), both
-    for both in masses("ppo"):
-        assert not all(0.3 < mass < 0.7 for mass in both), both
