@@ -12,7 +12,7 @@ from rlx.study import Size, Study, Task, Variant
 ENV = "avoid/obstacles"
 DATA = {ENV: ("avoid.npz",)}
 CLONE: dict[str, Any] = {
-    "total_steps": 8_000_000,
+    "total_steps": 16_000_000,
     "num_envs": 512,
     "unroll_length": 1,
     "algo.num_minibatches": 1,
@@ -34,6 +34,7 @@ FINETUNE: dict[str, Any] = {
     "algo.critic_hidden": [128, 128, 128],
     "algo.normalize_reward": True,
     "algo.learning_rate": 1e-4,
+    "algo.anneal_lr": True,  # at a constant rate a solved task was at times lost again
     "algo.critic_lr_scale": 10.0,
 }
 DIFFUSION = {"algo.num_denoising_steps": 20, "algo.actor_hidden": [128, 128, 128], "algo.residual": True}
