@@ -75,6 +75,21 @@ def option_value(arguments: Sequence[str], flag: str) -> str:
     return ""
 
 
+def boolean(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[bool] | None:
+    """tyro's rule for a bool that takes a value: true or false as in TOML, or as Python writes them."""
+    if info.type is not bool:
+        return None
+    words = {"true": True, "false": False}
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=lambda given: words[given[0].lower()],
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+        choices=("true", "false", "True", "False"),
+    )
+
+
 def parse_train(
     env: str, algorithm: str, arguments: Sequence[str], train_config: type, algo_config: type
 ) -> TrainArguments:
@@ -90,6 +105,8 @@ def parse_train(
         layers.append(("config", settings.read_file(file)))
     below = settings.merge(train_config, algo_config, layers)
     train, algo = train_config(**settings.values(below)), algo_config(**settings.values(below, "algo."))
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(boolean)
     omit_prefix, take_values = tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff
     fields: list[Any] = [
         ("options", Annotated[Options, omit_prefix], dataclasses.field(default=Options())),
@@ -101,6 +118,7 @@ def parse_train(
         args=arguments,
         prog=f"rlx train {algorithm} {env}",
         description="--env.KEY VALUE overrides a setting of the environment. --debug shows tracebacks.",
+        registry=registry,
     )
     flat = dataclasses.asdict(parsed.train) | {f"algo.{k}": v for k, v in vars(parsed.algo).items()}
     given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in arguments if word[:2] == "--"}

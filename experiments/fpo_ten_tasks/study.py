@@ -24,8 +24,8 @@ BRAX_PPO = {
     "ReacherEasy": (982, None),
     "ReacherHard": (978, None),
 }
-SMALL = {"CheetahRun": 3, "CartpoleBalance": 2, "PointMass": 2, "ReacherEasy": 3}  # millions of steps
-PLUS = {
+SMALL = {"CheetahRun": 3, "CartpoleBalance": 1, "PointMass": 2, "ReacherEasy": 3}  # millions of steps
+PLUS = {  # the last four tuned on CheetahRun at 800,000 steps (seeds 10, 11), as the presets of the others were
     "algo.ratio": "per_sample",
     "algo.flow_loss": "velocity",
     "algo.sum_loss": True,
@@ -37,6 +37,10 @@ PLUS = {
     "algo.advantage_clamp": 100.0,
     "algo.max_grad_norm": 1.0,
     "algo.weight_decay": 1e-4,
+    "algo.num_samples": 8,
+    "algo.learning_rate": 3e-3,
+    "algo.clip_eps": 0.5,
+    "algo.output_scale": 1.0,
 }
 
 
