@@ -57,7 +57,8 @@ STUDY = Study(
         "ppo": Variant("ppo"),
         "fpo": Variant("fpo"),
         "fpo_plus": Variant("fpo", PLUS),
-        "dppo": Variant("dppo"),
+        # Drawn, as its paper evaluates: actions that begin at zero noise return half as much (CheetahRun, seed 10).
+        "dppo": Variant("dppo", {"eval_mode": "sample"}),
     },
     environments={f"playground/{task}": Task(low=0.0, high=1000.0) for task in BRAX_PPO},
     references={("ppo", f"playground/{task}"): reference(*figures) for task, figures in BRAX_PPO.items()},
