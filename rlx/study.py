@@ -205,16 +205,25 @@ def beside(reference: str, folder: str | Path) -> str:
     return str(Path(folder).absolute() / target) + colon + function if target.endswith(".py") else reference
 
 
-def select(programs: Iterable[Program], envs: Iterable[str]) -> list[Program]:
-    """Those on these environments, named in full or by what follows the last slash. Raises UserError for others."""
-    programs, wanted = list(programs), set()
-    names = {program.env for program in programs}
-    for given in envs:
-        matches = {name for name in names if given in (name, name.rpartition("/")[2])}
-        if not matches:
-            raise unknown("environment of the study", given, names)
-        wanted |= matches
-    return [program for program in programs if program.env in wanted] if wanted else programs
+def select(programs: Iterable[Program], names: Iterable[str]) -> list[Program]:
+    """Those of these algorithms, on these environments: named in full, or environments by what follows the last slash.
+
+    Where no algorithm is named all of them count, and so with environments. Raises UserError for other names.
+    """
+    programs, algorithms, envs = list(programs), set(), set()
+    for given in names:
+        named = {program.variant for program in programs if program.variant == given}
+        on = {program.env for program in programs if given in (program.env, program.env.rpartition("/")[2])}
+        if not named | on:
+            known = {name for program in programs for name in (program.variant, program.env)}
+            raise unknown("algorithm or environment of the study", given, known)
+        algorithms |= named
+        envs |= on
+    return [
+        program
+        for program in programs
+        if (not algorithms or program.variant in algorithms) and (not envs or program.env in envs)
+    ]
 
 
 def load(reference: str) -> tuple[Study, Path]:

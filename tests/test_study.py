@@ -456,10 +456,13 @@ def test_data_and_the_run_to_start_from_are_found_by_environment():
     assert found[f"clone on {ENVS[1]}"].start is None
 
 
-def test_environments_are_picked_by_either_name():
+def test_environments_are_picked_by_either_name_and_algorithms_by_theirs():
     found = programs(make_study(), "small", "/x")
     assert [p.env for p in select(found, ["memory"])] == [p.env for p in select(found, ["probe/memory"])] == [ENVS[1]]
     assert select(found, []) == found
+    (one,) = select(found, [found[0].variant, "memory"])
+    assert (one.variant, one.env) == (found[0].variant, ENVS[1])
+    assert len(select(found, [found[0].variant])) == len({p.env for p in found})
     with pytest.raises(UserError, match="Did you mean probe/memory"):
         select(found, ["probe/memry"])
 

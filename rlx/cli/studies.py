@@ -70,7 +70,7 @@ def reproduce(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/STUDY/SIZE)")
     parser.add_argument("--report", type=Path, metavar="DIR", help="where the report goes, beside OUT/report")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--only", nargs="+", default=[], metavar="ENV", help="run these environments alone")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these algorithms or environments")
     parser.add_argument("--physics", default="auto", help="engine of the programs that are begun: mjx, warp, mujoco")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors, verdicts and the result")
     words = parser.parse_args(arguments)
