@@ -169,7 +169,7 @@ def simple_reference(local_ratio: float = 0.5) -> Task:
 
     def reward(state: ParticleState) -> jax.Array:
         own = -length(state.position[:2][::-1] - state.position[2:][state.goal])  # whom agent i guides: 1 - i
-        return (1 - local_ratio) * own.mean(keepdims=True) + local_ratio * own
+        return (1 - local_ratio) * own.mean() + local_ratio * own
 
     return Task([Agent(speaks=True)] * 2, [Landmark()] * 3, observe, reward, message_size=10, num_goals=2)
 
@@ -313,8 +313,7 @@ def simple_world_comm(
         inside = distances(agents, state.position[forest_start:]) < reach  # [N, forests]
         together = (inside[:, None] & inside[None]).any(axis=-1)
         in_the_open = ~inside.any(axis=1)
-        visible = together | (in_the_open[:, None] & in_the_open[None])
-        visible = visible.at[0].set(True)
+        visible = together | (in_the_open[:, None] & in_the_open[None]) | (np.arange(N)[:, None] == 0)
 
         def of(i: int) -> jax.Array:
             def if_visible(x: jax.Array, of_whom: jax.Array) -> jax.Array:
@@ -337,7 +336,7 @@ def simple_world_comm(
         to_food = distances(good, state.position[food_start:forest_start])
         eaten = (to_food < good_size + food_size).sum(axis=1)
         of_good = 2 * eaten - 5 * caught.sum(axis=1) - 2 * outside(good) - 0.05 * to_food.min(axis=1)
-        return jnp.concatenate([5 * caught.sum(keepdims=True)[0] - 0.1 * apart.min(axis=0), of_good])
+        return jnp.concatenate([5 * caught.sum() - 0.1 * apart.min(axis=0), of_good])
 
     adversary = Agent(adversary_size, collides=True, accel=3.0, max_speed=1.0, colour=RED)
     good_agent = Agent(good_size, collides=True, accel=4.0, max_speed=1.3)

@@ -14,7 +14,7 @@ import pytest
 import envs
 from envs import particle
 from envs.names import PARTICLE
-from envs.particle import BACKGROUND, BLUE, GREEN, GREY, Particle
+from envs.particle import BACKGROUND, BLUE, GREEN, GREY, Particle, ParticleState
 from rlx.algorithm import Plan
 from rlx.collection import random_policy
 from rlx.environment import random_action
@@ -93,17 +93,24 @@ def native(env, actions):
     return [(action[has] + 1) / 2 for action, has in zip(actions, mask, strict=True)]
 
 
+def starts(env, rng, count):
+    """As many states at rest, every other one within a quarter of the square."""
+    N, L, C, G = env.num_agents, len(env.task.landmarks), env.task.message_size, env.task.num_goals
+    extent = np.where(np.arange(count) % 2 == 0, 0.25, 1.0)[:, None, None]
+    position = extent * rng.uniform(-1.0, 1.0, (count, N + L, 2))
+    state = ParticleState(position, np.zeros((count, N, 2)), np.zeros((count, N, C)), rng.integers(L, size=(count, G)))
+    return jax.tree.map(jnp.asarray, state)
+
+
 def played(name, num_episodes, seed, reset_state=True, **options):
     """Random episodes of both; yields our and their (all observations, rewards) step by step.
 
-    Half of our episodes start at 0.4 of their extent, where much touches. Theirs are put into our state before every
-    step if `reset_state`, else at the start alone.
+    Half of the episodes start within a quarter of the square, where much touches. mpe2 is put into our state before
+    every step if `reset_state`, else at the start alone.
     """
-    env, reset, step = built(name, **options)
+    env, _, step = built(name, **options)
     theirs, rng = reference(name, **options), np.random.default_rng(seed)
-    starts, _ = reset(jax.random.split(jax.random.key(seed), num_episodes), ())
-    dense = jnp.where(jnp.arange(num_episodes) % 2 == 0, 0.4, 1.0).astype(starts.position.dtype)
-    states, actions, steps = [starts._replace(position=dense[:, None, None] * starts.position)], [], []
+    states, actions, steps = [starts(env, rng, num_episodes)], [], []
     for _ in range(EPISODE):
         if env.discrete:
             allowed = env.spec.action.num_values if env.num_agents == 1 else env.spec.action_mask.sum(axis=1)
@@ -114,16 +121,13 @@ def played(name, num_episodes, seed, reset_state=True, **options):
         state, timestep = step(states[-1], actions[-1], KEY)
         states.append(state)
         steps.append(timestep)
-    first = jax.vmap(env.obs)(states[0])
-    states, first, steps = jax.device_get((states, first, steps))
+    states, steps = jax.device_get((states, steps))
     for b, t in itertools.product(range(num_episodes), range(EPISODE)):
         before = jax.tree.map(lambda x: x[b], states[t])  # noqa: B023
         if t == 0:
             theirs.reset()
         if t == 0 or reset_state:
             deal(env, theirs, before)
-        if t == 0:
-            yield (all_of(env, first, b), 0.0), (theirs.state(), 0.0)
         for action in native(env, actions[t][b]):
             theirs.step(action)
         assert set(theirs.truncations.values()) == {t == EPISODE - 1} and not any(theirs.terminations.values())
