@@ -1,7 +1,8 @@
 """Particle worlds: points in a plane that chase, push and tell each other things (Lowe et al. 2017, arXiv 1706.02275).
 
 Each step equals one of the package mpe2, the successor of PettingZoo's MPE, from the same state: observations, rewards
-and endings, to 1e-5. Whole episodes part in the last digits of float32, which contacts amplify.
+and endings, to 1e-5. Whole episodes part in the last digits of float32, which contacts amplify. Like mpe2, and unlike
+OpenAI's MPE, a step moves by the velocity before it, so that what an agent does shows a step later, and costs it that.
 
 obs = {"agents": [N, d] float32, zeros behind the end of shorter ones (`spec.obs_mask`), "state": [D], all agents'
 observations one behind the other, without the zeros}. reward [N]: each agent's own; the return of a team is the sum.
