@@ -21,6 +21,8 @@ SUITES = {
     "brax": "envs.brax",
     "gridworld": "envs.gridworld",
     "gymnax": "envs.gymnax",
+    "matrix": "envs.matrix_game",
+    "particle": "envs.particle",
     "playground": "envs.playground",
     "probe": "envs.probes",
 }

@@ -96,6 +96,24 @@ MANIPULATION = (
     "PandaRobotiqPushCube",
 )
 
+MATRIX = (
+    "climbing",
+    "diagonal",
+    "penalty",
+)
+
+PARTICLE = (
+    "simple",
+    "simple_adversary",
+    "simple_crypto",
+    "simple_push",
+    "simple_reference",
+    "simple_speaker_listener",
+    "simple_spread",
+    "simple_tag",
+    "simple_world_comm",
+)
+
 PROBE = (
     "action_reward",
     "action_reward_continuous",
@@ -121,6 +139,8 @@ NAMES = {
     "brax": BRAX,
     "gridworld": GRIDWORLD,
     "gymnax": GYMNAX,
+    "matrix": MATRIX,
+    "particle": PARTICLE,
     "playground": PLAYGROUND,
     "probe": PROBE,
 }

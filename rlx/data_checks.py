@@ -91,7 +91,7 @@ def check_shapes(columns: Mapping[str, np.ndarray], spec: Spec, steps: int, epis
     allowed: dict[str, list[tuple[tuple[int, ...], Any]]] = {
         name: [((steps + episodes, *leaf.shape), leaf.dtype)] for name, leaf in obs_columns(spec.obs).items()
     }
-    shape, dtype = (spec.action.shape, np.float32) if isinstance(spec.action, Box) else ((), np.int32)
+    shape, dtype = spec.action.shape, np.float32 if isinstance(spec.action, Box) else np.int32
     allowed["actions"] = [((steps, *(shape if chunk == 1 else (shape[0] // chunk,))), dtype)]
     allowed["rewards"] = [((steps,), np.float32)]
     allowed["rewards"] += [((steps, spec.num_agents), np.float32)] if spec.num_agents > 1 else []

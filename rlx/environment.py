@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from rlx.errors import UserError
 from rlx.types import Discrete, PyTree, Spec, TimeStep
@@ -30,7 +31,7 @@ class Environment(Protocol):
         ...
 
     def step(self, state: EnvState, action: jax.Array, key: jax.Array) -> tuple[EnvState, TimeStep]:
-        """One decision. `action`: [-1, 1]^d float32, or () int32."""
+        """One decision. `action`: [-1, 1]^d float32, or () int32; of several agents [N, a] float32, or [N] int32."""
         ...
 
 
@@ -46,7 +47,12 @@ def render(env: Environment, states: Sequence[EnvState]) -> Any:
 
 
 def random_action(spec: Spec, key: jax.Array) -> jax.Array:
-    """A uniformly random action of one environment: [-1, 1]^d float32 or () int32."""
+    """A uniformly random action of one environment: [-1, 1]^d float32 or () int32, as `step` takes it.
+
+    Of several agents each takes one of the values that `spec.action_mask` allows it.
+    """
+    if isinstance(spec.action, Discrete) and spec.action_mask is not None:
+        return jax.random.categorical(key, jnp.where(spec.action_mask, 0.0, -jnp.inf)).astype(jnp.int32)
     if isinstance(spec.action, Discrete):
-        return jax.random.randint(key, (), 0, spec.action.num_values)
+        return jax.random.randint(key, spec.action.shape, 0, spec.action.num_values)
     return jax.random.uniform(key, spec.action.shape, minval=-1.0, maxval=1.0)

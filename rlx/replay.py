@@ -91,8 +91,8 @@ def make_replay(size: int, batch_sizes: Sequence[int], plan: Plan, spec: Spec, o
         def scalars(kind: type) -> jax.Array:
             return jnp.zeros((groups, num_rows, plan.num_envs // groups), kind)
 
-        shape, kind = ((), jnp.int32) if isinstance(spec.action, Discrete) else (spec.action.shape, jnp.float32)
-        actions = jnp.zeros((groups, num_rows, plan.num_envs // groups, *shape), kind)
+        kind = jnp.int32 if isinstance(spec.action, Discrete) else jnp.float32
+        actions = jnp.zeros((groups, num_rows, plan.num_envs // groups, *spec.action.shape), kind)
         obs, next_obs = jax.tree.map(zeros, spec.obs), jax.tree.map(zeros, spec.obs)
         return Rows(obs, actions, scalars(jnp.float32), scalars(jnp.bool_), scalars(jnp.bool_), next_obs)
 

@@ -58,20 +58,21 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Discrete:
-    """Integer actions 0 .. num_values - 1, int32, of shape ()."""
+    """Integer actions 0 .. num_values - 1, int32, of shape (), or (N,) of several agents (`Spec.action_mask`)."""
 
     num_values: int
+    shape: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What an algorithm may know of an environment before it starts."""
 
-    obs: PyTree  # of jax.ShapeDtypeStruct, unbatched
-    action: Box | Discrete
+    obs: PyTree  # of jax.ShapeDtypeStruct, unbatched; of several agents {"agents": [N, d], "state": [D]}
+    action: Box | Discrete  # of several agents [N, a], or [N] int32
     num_agents: int = 1
-    obs_mask: Any = None  # [N, d] bool: which entries of a padded observation are real
-    action_mask: Any = None  # [N, a] bool
+    obs_mask: Any = None  # [N, d] bool: which entries of a padded observation are real; None of one agent
+    action_mask: Any = None  # [N, a] bool of an action's entries, [N, num_values] of discrete ones; None of one agent
     episode_length: int | None = None  # time limit in inner steps; None: none
     action_repeat: int = 1  # inner steps per decision
     action_chunk: int = 1  # inner actions in one decision, one behind the other in its action
