@@ -21,6 +21,8 @@ SUITES = {
     "brax": "envs.brax",
     "gridworld": "envs.gridworld",
     "gymnax": "envs.gymnax",
+    "multi_brax": "envs.multi_agent",
+    "multi_playground": "envs.multi_agent",
     "playground": "envs.playground",
     "probe": "envs.probes",
 }

@@ -96,6 +96,52 @@ MANIPULATION = (
     "PandaRobotiqPushCube",
 )
 
+MULTI_BRAX = (
+    "ant_2x4",
+    "ant_2x4d",
+    "ant_4x2",
+    "ant_8x1",
+    "halfcheetah_2x3",
+    "halfcheetah_3x2",
+    "halfcheetah_6x1",
+    "hopper_3x1",
+    "humanoid_17x1",
+    "humanoid_9|8",
+    "reacher_2x1",
+    "swimmer_2x1",
+    "walker2d_2x3",
+    "walker2d_3x2",
+    "walker2d_6x1",
+)
+
+MULTI_PLAYGROUND = (
+    "CheetahRun_2x3",
+    "CheetahRun_3x2",
+    "CheetahRun_6x1",
+    "HopperHop_2x2",
+    "HopperHop_4x1",
+    "HopperStand_2x2",
+    "HopperStand_4x1",
+    "HumanoidRun_21x1",
+    "HumanoidRun_9|12",
+    "HumanoidStand_21x1",
+    "HumanoidStand_9|12",
+    "HumanoidWalk_21x1",
+    "HumanoidWalk_9|12",
+    "ReacherEasy_2x1",
+    "ReacherHard_2x1",
+    "SwimmerSwimmer6_5x1",
+    "WalkerRun_2x3",
+    "WalkerRun_3x2",
+    "WalkerRun_6x1",
+    "WalkerStand_2x3",
+    "WalkerStand_3x2",
+    "WalkerStand_6x1",
+    "WalkerWalk_2x3",
+    "WalkerWalk_3x2",
+    "WalkerWalk_6x1",
+)
+
 PROBE = (
     "action_reward",
     "action_reward_continuous",
@@ -121,6 +167,8 @@ NAMES = {
     "brax": BRAX,
     "gridworld": GRIDWORLD,
     "gymnax": GYMNAX,
+    "multi_brax": MULTI_BRAX,
+    "multi_playground": MULTI_PLAYGROUND,
     "playground": PLAYGROUND,
     "probe": PROBE,
 }
