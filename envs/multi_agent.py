@@ -125,7 +125,8 @@ class MultiAgent:
     """`env`, of one agent, whose state `body` reads, split among the agents of `split`; see the module.
 
     It goes inside of time limits and action repeats. Raises UserError for a split that does not give every
-    actuator to one of at least two agents, for `hops` below 0, and where actuators drive something else than joints.
+    actuator to one of at least two agents, where actuators drive something else than joints, for `hops` below 0 and for
+    `shared` entries that the state has not.
     """
 
     def __init__(
@@ -138,8 +139,8 @@ class MultiAgent:
     ):
         require(isinstance(hops, int) and hops >= 0, "hops", hops, "a whole number of at least 0")
         model = body.mj_model
-        self.env, self.body, self.agents = env, body, tuple(split)
         actuators = actuators_of(model, split)
+        self.env, self.body, self.agents = env, body, tuple(split)
         (full,) = jax.tree.leaves(jax.eval_shape(full_obs, env.spec.obs))
         in_range = [isinstance(i, int) and 0 <= i < full.size for i in shared]
         require(all(in_range), "shared", tuple(shared), f"indices of the state, 0 to {full.size - 1}")
@@ -160,6 +161,7 @@ class MultiAgent:
         )
 
     def obs(self, joint_state: tuple[jax.Array, jax.Array], obs: PyTree) -> dict[str, jax.Array]:
+        """What the agents see of qpos, qvel and `obs`, the observation of the environment underneath."""
         # A reset that diverged may hold NaN, where the environment underneath shows zeros.
         finite = [jnp.where(jnp.abs(x) <= mujoco.mjMAXVAL, x, 0.0) for x in joint_state]
         state = full_obs(obs)

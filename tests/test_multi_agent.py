@@ -91,7 +91,7 @@ def test_the_first_motors_of_the_ant_drive_its_fourth_leg():
         ("ant", "hip_1 ankle_1", 1, "hip_2 hip_3 hip_4"),
         ("ant", "hip_3 ankle_3", 2, "hip_1 hip_2 hip_4 ankle_1 ankle_2 ankle_4"),
         ("ant", "ankle_4", 1, "hip_4"),
-        ("ant", "ankle_4", 2, "hip_1 hip_2 hip_3"),
+        ("ant", "ankle_4", 2, "hip_4 hip_1 hip_2 hip_3"),
         ("ant", "hip_1 ankle_1 hip_3 ankle_3", 1, "hip_2 hip_4"),
         # three joints on one thigh, which hangs from the pelvis; welded feet and hands are no links
         ("humanoid", "right_knee", 1, "right_hip_x right_hip_z right_hip_y"),
@@ -264,7 +264,7 @@ def test_numbers_that_are_none_are_refused(field, value):
 def test_the_humanoid_has_nine_joints_above_and_eight_below():
     model = model_of("humanoid")
     rows = rows_of(model, actuators_of(model, split_of("humanoid", "9|8")), 1, [])
-    # one-hot 2, root 11; 9 joints and at a hop the six of the hips; 8 joints and at a hop three of the abdomen,
+    # one-hot 2, root 11; 9 joints and, a hop away, the six of the hips; 8 joints and, a hop away, abdomen_x
     assert [len(row) for row in rows] == [2 + 11 + 2 * (9 + 6), 2 + 11 + 2 * (8 + 1)]
 
 
@@ -344,19 +344,20 @@ def test_all_agents_see_the_way_to_the_target(body):
 
 def test_overrides_reach_the_split_and_the_body_and_a_wrong_one_gets_the_close_ones():
     arm = {"wrist": ["wrist"], "shoulder": ["shoulder"]}
-    same = lambda key, model: {"body_mass": model.body_mass}  # noqa: E731
-    env = envs.make("multi_playground/ReacherEasy_2x1", split=arm, hops=0, shared=(), episode_length=7, randomize=same)
+    name = "multi_playground/ReacherEasy_2x1"
+
+    def draw(key, model):
+        return {"body_mass": model.body_mass}
+
+    env = envs.make(name, split=arm, hops=0, shared=(), episode_length=7, randomize=draw)
     wrapper = env.env
     assert wrapper.agents == ("wrist", "shoulder") and env.spec.episode_length == 7
     assert wrapper.index.tolist() == [[1, 0, 3, 5], [0, 1, 2, 4]] and wrapper.source.tolist() == [1, 0]
-    assert (
-        env.spec.name == "multi_playground/ReacherEasy_2x1"
-        and "body_mass" in jax.eval_shape(env.reset, KEY, {})[0].env.overrides
-    )
+    assert env.spec.name == name and "body_mass" in jax.eval_shape(env.reset, KEY, {})[0].env.overrides
     with pytest.raises(UserError, match="Did you mean hops"):
-        envs.make("multi_playground/ReacherEasy_2x1", hopps=2)
+        envs.make(name, hopps=2)
     with pytest.raises(UserError, match="action_chunk = 2"):
-        envs.make("multi_playground/ReacherEasy_2x1", action_chunk=2)
+        envs.make(name, action_chunk=2)
 
 
 def test_the_adapter_is_found_within_its_wrappers():
