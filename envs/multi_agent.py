@@ -24,8 +24,8 @@ Actions [N, a], -1 to 1, in the order in which the split names the joints; entri
 action, which on the ant and the cheetah drives other joints than those that the agent sees as its own.
 
 Overrides, beside those of the environment underneath: `hops` (1); `split`, in place of the one in the name: a mapping
-{agent: (names of joints or actuators)} in which every actuator has one agent; `shared`, indices of the state.
-Action chunks are not possible.
+{agent: (names of joints or actuators)} in which every actuator has one agent; `shared`, indices of the state. Action
+chunks are not possible. In a shell the names with a | need quotes.
 """
 
 from __future__ import annotations
@@ -106,8 +106,9 @@ SPLITS: dict[str, Splits] = {  # of the bodies of brax and of the tasks of Playg
 # Targets that no joint moves: from the finger, and from the nose in the frame of the head.
 SHARED: dict[str, tuple[int, ...]] = {"ReacherEasy": (2, 3), "ReacherHard": (2, 3), "SwimmerSwimmer6": (5, 6)}
 
-FREE, BALL, SLIDE = mujoco.mjtJoint.mjJNT_FREE, mujoco.mjtJoint.mjJNT_BALL, mujoco.mjtJoint.mjJNT_SLIDE
-ON_JOINTS = (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT)
+# Integers: MuJoCo's enumerators do not equal the NumPy integers in its models.
+FREE, BALL, SLIDE = map(int, (mujoco.mjtJoint.mjJNT_FREE, mujoco.mjtJoint.mjJNT_BALL, mujoco.mjtJoint.mjJNT_SLIDE))
+ON_JOINTS = tuple(map(int, (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT)))
 
 
 class Body(Protocol):
@@ -226,7 +227,7 @@ def actuators_of(model: mujoco.MjModel, split: Mapping[str, Sequence[str]]) -> l
             if name not in known:
                 raise unknown(f"{field}: joint", str(name), known)
             for i in known[name]:
-                require(i not in owners, field, name, f"it is one of agent {owners.get(i)!r}'s already")
+                require(i not in owners, field, name, f"agent {owners.get(i)!r} has it already")
                 owners[i] = agent
     missing = [label for i, label in enumerate(labels) if i not in owners]
     require(not missing, "split", dict(split), f"no agent has {', '.join(missing)}")
@@ -298,7 +299,7 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     Raises UserError for a split, an override or an engine that the body has not.
     """
     body, _, split_name = name.rpartition("_")
-    own = {"split": None, "hops": 1, "shared": SHARED.get(body, ())}
+    own: dict[str, Any] = {"split": None, "hops": 1, "shared": SHARED.get(body, ())}
     if body in BRAX:
         from envs.brax import build
     else:

@@ -67,9 +67,9 @@ def test_agents_drive_all_actuators_once_each_by_its_joints(body, split):
     actuators = actuators_of(model, joints)
     assert sorted(i for row in actuators for i in row) == list(range(model.nu))
     assert [[model.joint(model.actuator_trnid[i, 0]).name for i in row] for row in actuators] == list(joints.values())
-    sizes = [int(n) for n in split.split("|")] if "|" in split else [int(split[-1])] * int(split.split("x")[0])
-    if not split.endswith("d"):
-        assert [len(row) for row in actuators] == sizes
+    num_agents, _, size = split.removesuffix("d").partition("x")
+    sizes = [int(size)] * int(num_agents) if size else [int(n) for n in split.split("|")]
+    assert [len(row) for row in actuators] == sizes
 
 
 def test_the_first_motors_of_the_ant_drive_its_fourth_leg():
@@ -158,9 +158,9 @@ def test_a_target_shows_where_it_is():
         ),
         (
             {"a": ["thigh_joint", "leg_joint"], "b": ["leg_joint", "foot_joint"]},
-            r"'leg_joint' is not.*one of agent 'a'",
+            r"'leg_joint' is not.*agent 'a' has it already",
         ),
-        ({"a": ["thigh_joint", "thigh_joint"], "b": ["leg_joint", "foot_joint"]}, "one of agent 'a'"),
+        ({"a": ["thigh_joint", "thigh_joint"], "b": ["leg_joint", "foot_joint"]}, "agent 'a' has it already"),
         ({"a": ["thigh_joint"], "b": ["foot_joint"]}, "no agent has leg_joint"),
         ({"a": ["thigh_joint", "leg_joint", "foot_joint"]}, "at least two agents"),
         ({"a": ["thigh_joint", "leg_joint", "foot_joint"], "b": []}, r"split\['b'\] = \[\] .*at least one joint"),
