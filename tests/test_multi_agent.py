@@ -278,7 +278,9 @@ def play(env, action, num_steps):
     return obs, out
 
 
-def check_against_one_agent(suite: str, body: str, split: str, physics: str = "auto", **overrides):
+def check_against_one_agent(suite: str, body: str, split: str, physics: str = "auto", atol: float = 0.0, **overrides):
+    """`atol`: where XLA computes the physics, it may fuse the two programs differently."""
+    close = functools.partial(np.testing.assert_allclose, rtol=0.0, atol=atol)
     one = envs.make(f"{suite}/{body}", physics, **overrides)
     several = envs.make(f"multi_{suite}/{body}_{split}", physics, **overrides)
     assert several.spec.physics == one.spec.physics and several.spec.episode_length == one.spec.episode_length
@@ -288,13 +290,14 @@ def check_against_one_agent(suite: str, body: str, split: str, physics: str = "a
     for i, row in enumerate(actuators_of(wrapper.body.mj_model, split_of(body, split))):
         action[i, : len(row)] = flat[row]
     (first, alone), (first_of_several, together) = play(one, flat, 3), play(several, action, 3)
-    np.testing.assert_array_equal(first_of_several["state"], first)
+    close(first_of_several["state"], first)
     for (state, timestep), (other_state, other) in zip(alone, together, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, state.env, other_state.env)
-        np.testing.assert_array_equal(other.obs["state"], timestep.obs)
-        assert other.reward == timestep.reward and other.reward.shape == ()
         qpos, qvel = wrapper.body.joint_state(other_state.env)
-        row = np.concatenate([[0.0, 1.0], qpos, qvel, timestep.obs])[wrapper.index]
+        jax.tree.map(close, (qpos, qvel), wrapper.body.joint_state(state.env))
+        close(other.obs["state"], timestep.obs)
+        close(other.reward, timestep.reward)
+        assert other.reward.shape == ()
+        row = np.concatenate([[0.0, 1.0], qpos, qvel, other.obs["state"]])[wrapper.index]
         np.testing.assert_array_equal(other.obs["agents"], row)
         assert not other.obs["agents"][~several.spec.obs_mask].any()
 
@@ -316,12 +319,12 @@ def test_episodes_are_those_of_one_agent(suite, body, split):
     ],
 )
 def test_episodes_are_those_of_one_agent_on_other_engines(suite, body, split, physics):
-    check_against_one_agent(suite, body, split, physics)
+    check_against_one_agent(suite, body, split, physics, 0.0 if physics == "mujoco" else 1e-3)
 
 
 @pytest.mark.slow
 def test_episodes_are_those_of_one_agent_on_a_backend_of_brax():
-    check_against_one_agent("brax", "halfcheetah", "2x3", backend="spring")
+    check_against_one_agent("brax", "halfcheetah", "2x3", atol=1e-3, backend="spring")
 
 
 @pytest.mark.parametrize("body", [pytest.param("SwimmerSwimmer6", marks=pytest.mark.slow), "ReacherEasy"])
