@@ -22,6 +22,8 @@ SUITES = {
     "gridworld": "envs.gridworld",
     "gymnax": "envs.gymnax",
     "matrix": "envs.matrix_game",
+    "multi_brax": "envs.multi_agent",
+    "multi_playground": "envs.multi_agent",
     "particle": "envs.particle",
     "playground": "envs.playground",
     "probe": "envs.probes",

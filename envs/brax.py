@@ -25,17 +25,19 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import brax.envs
 import brax.fluid
 import jax
 import jax.numpy as jnp
+import mujoco
 from brax.envs.base import PipelineEnv
 
 from envs import physics as engines
 from envs.adapter import (
+    Options,
     bind_fields,
     building,
     check_engine,
@@ -97,6 +99,14 @@ class Brax:
         info = {name: jnp.asarray(value, jnp.float32) for name, value in state.metrics.items()}
         return state, TimeStep(state.obs, state.reward, terminated, jnp.zeros((), bool), state.obs, info)
 
+    @property
+    def mj_model(self) -> mujoco.MjModel:
+        return self.env.sys.mj_model
+
+    def joint_state(self, state: brax.envs.State) -> tuple[jax.Array, jax.Array]:
+        """q and qd float32, as long as MuJoCo's qpos and qvel and in their order."""
+        return state.pipeline_state.q, state.pipeline_state.qd
+
     def render(self, states: Sequence[brax.envs.State]) -> Any:
         if isinstance(self.env, brax.envs.fast.Fast):
             raise UserError("brax/fast cannot be rendered: it has no model.")
@@ -144,6 +154,13 @@ class BraxMJX:
         timestep = end_diverged(timestep, before | after, state.task.obs)
         return BraxState(task.replace(obs=timestep.obs), state.overrides), timestep
 
+    @property
+    def mj_model(self) -> mujoco.MjModel:
+        return self._brax.mj_model
+
+    def joint_state(self, state: BraxState) -> tuple[jax.Array, jax.Array]:
+        return self._brax.joint_state(state.task)
+
     def render(self, states: Sequence[BraxState]) -> Any:
         return self._brax.render([state.task for state in states])
 
@@ -176,6 +193,16 @@ def choose(name: str, physics: str, backend: str | None) -> tuple[str | None, st
 
 def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     """Builds `brax/<name>`. Raises UserError for an override, a backend or an engine that it has not."""
+    return limit_and_repeat(*build(name, physics, overrides))
+
+
+def build(
+    name: str, physics: str, overrides: Mapping[str, Any], more: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Environment, Options]:
+    """What `make` builds before it is limited and repeated, and the overrides.
+
+    `more`: those of who wraps it, and their defaults. Raises UserError as `make` does.
+    """
     full_name = f"brax/{name}"
     backend, engine_name = choose(name, physics, overrides.get("backend"))
     defaults = defaults_of(brax.envs._envs[name])
@@ -184,14 +211,14 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     own = {"physics_threads": 0, **OVERRIDES} if engine_name else {}
     for field in {"physics_threads", *OVERRIDES}.difference(own).intersection(overrides):
         raise UserError(f"{full_name}: {field} needs the backend 'mjx'; this is {backend or 'an environment without'}.")
-    options = read_options(full_name, overrides, defaults | own, episode_length=1000)
-    arguments = {key: value for key, value in options.rest.items() if key not in own}
+    options = read_options(full_name, overrides, {**defaults, **own, **more}, episode_length=1000)
+    arguments = {key: value for key, value in options.rest.items() if key not in own and key not in more}
     arguments |= {} if backend is None else {"backend": backend}
     with building(full_name):
         env = brax.envs.get_environment(name, **arguments)
         adapted: Environment = adapt(full_name, env, engine_name, options.rest) if engine_name else Brax(env)
         adapted = FixedPoint(adapted)
-    return limit_and_repeat(adapted, options)
+    return adapted, options
 
 
 def adapt(name: str, env: brax.envs.Env, engine_name: str, options: Mapping[str, Any]) -> Environment:

@@ -27,6 +27,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 
 from envs import physics as engines
 from envs.adapter import (
+    Options,
     bind_fields,
     building,
     check_engine,
@@ -54,6 +56,7 @@ from rlx.machine import menagerie_path
 from rlx.types import Box, PyTree, Spec, TimeStep
 
 if TYPE_CHECKING:
+    import mujoco
     from mujoco_playground import MjxEnv, State
 
 MENAGERIE_URL = "https://github.com/google-deepmind/mujoco_menagerie"
@@ -141,6 +144,14 @@ class Playground:
         task = task.replace(obs=timestep.obs, data=self.engine.detach(task.data))
         return PlaygroundState(task, state.overrides), timestep
 
+    @property
+    def mj_model(self) -> mujoco.MjModel:
+        return self.env.mj_model
+
+    def joint_state(self, state: PlaygroundState) -> tuple[jax.Array, jax.Array]:
+        """qpos [nq] and qvel [nv] float32."""
+        return state.task.data.qpos, state.task.data.qvel
+
     def render(self, states: Sequence[PlaygroundState]) -> Any:
         return self.env.render([state.task for state in states])
 
@@ -186,6 +197,16 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     """Builds `playground/<name>`. Raises UserError for an override that its config lacks, or if models are missing."""
+    return limit_and_repeat(*build(name, physics, overrides))
+
+
+def build(
+    name: str, physics: str, overrides: Mapping[str, Any], more: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Environment, Options]:
+    """What `make` builds before it is limited and repeated, and the overrides.
+
+    `more`: those of who wraps it, and their defaults. Raises UserError as `make` does.
+    """
     full_name = f"playground/{name}"
     engine_name = engines.resolve(physics)
     needs_models = name in LOCOMOTION + MANIPULATION
@@ -193,7 +214,7 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     from mujoco_playground import registry
 
     config = registry.get_default_config(name)
-    own = {"physics_threads": 0, **OVERRIDES} | ({"menagerie_path": None} if needs_models else {})
+    own = {"physics_threads": 0, **OVERRIDES, **more} | ({"menagerie_path": None} if needs_models else {})
     allowed = {key: value for key, value in flatten(config.to_dict()).items() if key not in OWN_FIELDS} | own
     options = read_options(full_name, overrides, allowed, config.episode_length, config.get("action_repeat", 1))
     changes = {key: value for key, value in options.rest.items() if key not in own}
@@ -209,4 +230,4 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
         randomizer = registry.get_domain_randomizer(name)
         adapted = randomized(full_name, Playground(env, engine), engine, options.rest, randomizer)
         adapted = FixedPoint(bind_fields(adapted, engine))
-    return limit_and_repeat(adapted, options)
+    return adapted, options

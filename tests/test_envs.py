@@ -25,6 +25,8 @@ SAMPLES = (
     "gymnax/CartPole-v1",
     "gymnax/Pendulum-v1",
     "particle/simple_speaker_listener",
+    "multi_brax/reacher_2x1",
+    "multi_playground/ReacherEasy_2x1",
     "playground/CartpoleBalance",
     "probe/lqr",
 )
