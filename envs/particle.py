@@ -366,7 +366,7 @@ class Particle:
 
     def __init__(self, task: Task, discrete: bool = False):
         self.task, self.discrete, self.num_agents = task, discrete, len(task.agents)
-        everyone = (*task.agents, *task.landmarks)
+        everyone: list[Agent | Landmark] = [*task.agents, *task.landmarks]
         sizes, collides = np.array([x.size for x in everyone]), np.array([x.collides for x in everyone])
         self.moves, self.speaks = (np.array([getattr(x, f) for x in task.agents])[:, None] for f in ("moves", "speaks"))
         self.accel = np.array([x.accel if x.moves else 0.0 for x in task.agents])[:, None]
@@ -455,8 +455,8 @@ class Particle:
         """
         axis = EXTENT * ((np.arange(PIXELS) + 0.5) / PIXELS * 2 - 1)
         x, y = axis[None], -axis[:, None]
-        everyone = (*self.task.agents, *self.task.landmarks)
-        frames = np.full((len(states), PIXELS, PIXELS, 3), BACKGROUND, np.uint8)
+        everyone: list[Agent | Landmark] = [*self.task.agents, *self.task.landmarks]
+        frames: np.ndarray = np.full((len(states), PIXELS, PIXELS, 3), BACKGROUND, np.uint8)
         for frame, state in zip(frames, states, strict=True):
             goals = self.num_agents + np.asarray(state.goal)
             for i, (centre_x, centre_y) in reversed(list(enumerate(np.asarray(state.position)))):
