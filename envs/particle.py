@@ -372,7 +372,7 @@ class Particle:
         self.accel = np.array([x.accel if x.moves else 0.0 for x in task.agents])[:, None]
         self.max_speed = np.array([x.max_speed for x in task.agents])
         self.touching = sizes[: self.num_agents, None] + sizes[None]  # [N, N + L]: the distance at which two touch
-        self.pushed = collides[: self.num_agents, None] & collides[None] & ~np.eye(*self.touching.shape, dtype=bool)
+        self.pushed = collides[: self.num_agents, None] & collides[None] & (np.eye(*self.touching.shape) == 0)
         self.spec = self._spec()
 
     def _spec(self) -> Spec:
@@ -425,7 +425,7 @@ class Particle:
             share = jnp.pad(share, ((0, 0), (0, 5 + size - share.shape[1])))  # who is still or silent has fewer
             force = jnp.stack([share[:, 2] - share[:, 1], share[:, 4] - share[:, 3]], axis=1)
             message = jnp.where(self.moves, share[:, 5:], share[:, :size])
-        return self.accel * force, jnp.where(self.speaks, message, 0.0)
+        return force * self.accel, jnp.where(self.speaks, message, 0.0)
 
     def contacts(self, position: jax.Array) -> jax.Array:
         """[N, 2]: the forces with which others push the agents; soft within CONTACT_MARGIN, then linear."""
