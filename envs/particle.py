@@ -425,7 +425,7 @@ class Particle:
             share = jnp.pad(share, ((0, 0), (0, 5 + size - share.shape[1])))  # who is still or silent has fewer
             force = jnp.stack([share[:, 2] - share[:, 1], share[:, 4] - share[:, 3]], axis=1)
             message = jnp.where(self.moves, share[:, 5:], share[:, :size])
-        return jnp.asarray(self.accel, jnp.float32) * force, jnp.where(self.speaks, message, 0.0)
+        return force * self.accel, jnp.where(self.speaks, message, 0.0)
 
     def contacts(self, position: jax.Array) -> jax.Array:
         """[N, 2]: the forces with which others push the agents; soft within CONTACT_MARGIN, then linear."""
