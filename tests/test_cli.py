@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from rlx import cli
-from rlx.arguments import literal, option_value, take_env_overrides
+from rlx.algorithms import ppo
+from rlx.arguments import literal, option_value, parse_train, take_env_overrides
 from rlx.doctor import check_robot_models, examine
 from rlx.errors import UserError
+from rlx.schedule import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHM = """
@@ -412,3 +414,15 @@ def test_evaluations_draw_actions_where_a_run_says_so(capsys, monkeypatch, tmp_p
     assert status == 0 and json.loads(Path("a/eval.json").read_text()) == again
     assert f"{sum(again['returns']) / 64:.4g}" not in out
     assert run(capsys, "train", "ppo", "probe/lqr", *tiny, "--eval-mode", "mean", "--run-dir", "b")[0] == 2
+
+
+@pytest.mark.parametrize(("words", "wanted"), [("true", True), ("True", True), ("false", False)])
+def test_switches_take_the_words_of_toml_and_of_python(words, wanted):
+    parsed = parse_train("probe/lqr", "ppo", ["--algo.anneal-lr", words, "--overwrite"], TrainConfig, ppo.Config)
+    assert parsed.merged["algo.anneal_lr"].value is wanted and parsed.options.overwrite
+
+
+def test_a_switch_takes_no_other_word(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_train("probe/lqr", "ppo", ["--algo.anneal-lr", "maybe"], TrainConfig, ppo.Config)
+    assert ended.value.code == 2 and "Expected one of ('true', 'false'" in " ".join(capsys.readouterr().err.split())
