@@ -161,13 +161,20 @@ class ObsActionRewardContinuous(ActionRewardContinuous):
 
 
 class TwoModes(ActionRewardContinuous):
-    """One step, reward exp(-((|a| - 0.5) / 0.15)^2): two best actions, -0.5 and 0.5, best V = 1; uniform V = 0.266.
+    """One step, reward exp(-((|a| - mode) / width)^2): two best actions, -mode and mode, best V = 1.
 
-    Between the two it pays 0.00001. A Gaussian must choose one of them, a policy that can hold both may keep both.
+    As it is, 0 pays 0.0000001, the border 0.37, uniform actions 0.327. A Gaussian must choose one of the two, a policy
+    that can hold both may keep both: no reward tells it to. Modes nearer to 0 are harder to keep apart.
     """
 
+    def __init__(self, mode: float = 0.8, width: float = 0.2):
+        require(0 < mode <= 1, "mode", mode, "above 0 and at most 1")
+        require(width > 0, "width", width, "above 0")
+        super().__init__()
+        self.mode, self.width = mode, width
+
     def reward(self, state, action):
-        return jnp.exp(-jnp.square((jnp.abs(action[0]) - 0.5) / 0.15))
+        return jnp.exp(-jnp.square((jnp.abs(action[0]) - self.mode) / self.width))
 
 
 class TruncateOnly(Probe):

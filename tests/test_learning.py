@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import envs
-from rlx import normalize
+from rlx import normalize, settings
 from rlx.algorithms import ALGORITHMS, ppo
 from rlx.collection import Part, collect
 from rlx.data import read
@@ -21,7 +21,7 @@ from rlx.logging import Progress
 from rlx.networks import MLP
 from rlx.off_policy import make_critics
 from rlx.schedule import TrainConfig, make_schedule
-from rlx.training import train
+from rlx.training import train, train_many
 from tests.kinds import of_each_kind
 
 TRAIN = TrainConfig(total_steps=64 * 16 * 60, num_envs=64, unroll_length=16, num_evals=1, eval_episodes=256)
@@ -176,3 +176,25 @@ def test_memory_solves_what_a_feedforward_policy_cannot():
     _, run = learn("ppo", "probe/memory", longer, recurrent=True)
     assert abs(blind.history[-1]["eval/return"]) < 0.3
     assert run.history[-1]["eval/return"] > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fpo", "ppo"])
+def test_fpo_keeps_two_modes_of_which_a_gaussian_takes_one(name):
+    """With the presets, five seeds in one program: `rlx train fpo probe/two_modes --num-seeds 5`."""
+    module, env = importlib.import_module(ALGORITHMS[name]), envs.make("probe/two_modes")
+    merged = settings.merge(TrainConfig, module.Config, [("preset", settings.preset("probe/two_modes", name))])
+    train_config, config = (
+        settings.build(cls, settings.values(merged, prefix))
+        for cls, prefix in [(TrainConfig, ""), (module.Config, "algo.")]
+    )
+    wanted = {str(seed): (dataclasses.replace(train_config, seed=seed), config) for seed in range(5)}
+    algorithm = module.make(config, env.spec, make_schedule(env, train_config).plan)
+    for run in train_many(env, module, wanted, progress=Progress(quiet=True)).values():
+        actions = algorithm.act(run.policy, (), jnp.zeros((4000, 1)), jax.random.key(0), "sample")[1]
+        shares = np.asarray([(jnp.abs(actions - mode) < 0.3).mean() for mode in (-0.8, 0.8)])
+        if name == "fpo":
+            assert 0.3 <= shares.min() and shares.sum() > 0.9
+            assert jax.vmap(lambda action: env.reward(None, action))(actions).mean() > 0.75  # uniform actions: 0.327
+        else:
+            assert shares.min() < 0.05 and shares.max() > 0.8

@@ -143,7 +143,7 @@ def test_continuous_variants_pay_the_negative_squared_distance():
 
 
 @pytest.mark.parametrize(
-    ("action", "reward"), [(0.5, 1.0), (-0.5, 1.0), (0.65, np.exp(-1)), (-0.35, np.exp(-1)), (0, 0)]
+    ("action", "reward"), [(0.8, 1.0), (-0.8, 1.0), (1.0, np.exp(-1)), (-0.6, np.exp(-1)), (0, 0)]
 )
 def test_two_modes_pays_alike_on_either_side_and_nothing_between(action, reward):
     observations, timesteps = episode(probes.make("two_modes"), jnp.full(1, action, jnp.float32))
@@ -154,7 +154,15 @@ def test_two_modes_pays_alike_on_either_side_and_nothing_between(action, reward)
 def test_two_modes_pays_uniform_actions_what_it_says():
     env = probes.make("two_modes")
     actions = jnp.linspace(-1.0, 1.0, 20_001)
-    assert abs(jax.vmap(lambda a: env.reward(None, a[None]))(actions).mean() - 0.266) < 1e-3
+    assert abs(jax.vmap(lambda a: env.reward(None, a[None]))(actions).mean() - 0.327) < 1e-3
+
+
+def test_the_modes_of_two_modes_can_be_moved():
+    env = probes.make("two_modes", mode=0.5, width=0.1)
+    np.testing.assert_allclose(env.reward(None, jnp.asarray([-0.6])), np.exp(-1), rtol=1e-5)
+    for wrong in ({"mode": 1.5}, {"mode": 0.0}, {"width": 0.0}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} = "):
+            probes.make("two_modes", **wrong)
 
 
 def test_truncate_only_pays_one_and_turns_by_a_tenth_of_a_circle():

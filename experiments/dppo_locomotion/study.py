@@ -1,7 +1,7 @@
 """DPPO on CheetahRun from a medium policy's data: cloning, then fine-tuning, beside a Gaussian from the same data.
 
 As in the paper (arXiv 2409.00588): 20 denoising steps, the last 10 of which are fine-tuned, chunks of 4 actions,
-clipping at 0.01, 5 epochs. README.md has the commands that make the data.
+5 epochs. README.md has the commands that make the data.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from rlx.study import Size, Study, Task, Variant
 ENV = "playground/CheetahRun"
 DATA = {ENV: ("../../runs/dppo-medium.npz",)}
 CLONE: dict[str, Any] = {
-    "total_steps": 8_000_000,
+    "total_steps": 24_000_000,
     "num_envs": 1024,
     "unroll_length": 1,
     "algo.num_minibatches": 1,
@@ -30,8 +30,8 @@ FINETUNE: dict[str, Any] = {
     "algo.activation": "mish",
     "algo.critic_hidden": [128, 128],
     "algo.normalize_reward": True,
-    "algo.learning_rate": 1e-4,
-    "algo.critic_lr_scale": 10.0,
+    "algo.learning_rate": 1e-3,  # at the paper's 1e-4 three million steps change little
+    "algo.anneal_lr": True,
 }
 DIFFUSION = {"algo.num_denoising_steps": 20, "algo.actor_hidden": [128, 128, 128], "algo.residual": True}
 GAUSSIAN = {"algo.actor_hidden": [128, 128, 128], "algo.min_std": 0.05}
@@ -44,14 +44,14 @@ STUDY = Study(
         "clone": Variant("bc", {**CLONE, **DIFFUSION, "algo.distribution": "diffusion"}, DATA),
         "dppo": Variant(
             "dppo",
-            {**FINETUNE, **DIFFUSION, "algo.finetuned_steps": 10, "algo.clip_eps": 0.01, "algo.clip_base": 0.01},
+            {**FINETUNE, **DIFFUSION, "algo.finetuned_steps": 10, "algo.clip_eps": 0.03, "algo.clip_base": 0.03},
             start="clone",
         ),
         "gaussian_clone": Variant("bc", {**CLONE, **GAUSSIAN, "algo.init_std": 0.2}, DATA),
         "gaussian": Variant("ppo", {**FINETUNE, **GAUSSIAN, "algo.clip_eps": 0.01}, start="gaussian_clone"),
     },
     environments={ENV: Task(low=0.0, high=1000.0, settings={"env.action_chunk": 4})},
-    settings={"num_evals": 10},
+    settings={"num_evals": 10, "eval_mode": "sample"},
     tuning_seeds=(0, 1, 2, 10, 11),
     sizes={"small": Size(seeds=(30, 31, 32)), "full": Size(seeds=tuple(range(20, 30)))},
 )
