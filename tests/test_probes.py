@@ -142,9 +142,7 @@ def test_continuous_variants_pay_the_negative_squared_distance():
         assert timesteps.reward.tolist() == [reward]
 
 
-@pytest.mark.parametrize(
-    ("action", "reward"), [(0.8, 1.0), (-0.8, 1.0), (1.0, np.exp(-1)), (-0.6, np.exp(-1)), (0, 0)]
-)
+@pytest.mark.parametrize(("action", "reward"), [(0.8, 1.0), (-0.8, 1.0), (1.0, np.exp(-1)), (-0.6, np.exp(-1)), (0, 0)])
 def test_two_modes_pays_alike_on_either_side_and_nothing_between(action, reward):
     observations, timesteps = episode(probes.make("two_modes"), jnp.full(1, action, jnp.float32))
     assert observations.tolist() == [[0.0], [0.0]]

@@ -186,6 +186,8 @@ def test_a_study_fine_tunes_what_it_has_cloned_of_data(tmp_path, monkeypatch, ca
     assert "a.npz" in capsys.readouterr().err and not (tmp_path / "runs/cloning/small/clone").exists()
     env = envs.make("probe/lqr")
     collect(env, [Part(random_policy(env.spec), (), 400)], folder / "a.npz", progress=Progress(quiet=True))
+    assert cli.main(["reproduce", "cloning", "--quiet", "--only", "tuned"]) == 1
+    assert "starts from the policy of clone, which has not run" in capsys.readouterr().err
     assert cli.main(["reproduce", "cloning", "--quiet"]) == 0
     runs = tmp_path / "runs/cloning/small"
     for seed in (0, 1):

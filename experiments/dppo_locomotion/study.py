@@ -48,7 +48,11 @@ STUDY = Study(
             start="clone",
         ),
         "gaussian_clone": Variant("bc", {**CLONE, **GAUSSIAN, "algo.init_std": 0.2}, DATA),
-        "gaussian": Variant("ppo", {**FINETUNE, **GAUSSIAN, "algo.clip_eps": 0.01}, start="gaussian_clone"),
+        "gaussian": Variant(
+            "ppo",
+            {**FINETUNE, **GAUSSIAN, "algo.clip_eps": 0.2, "algo.learning_rate": 3e-4, "algo.critic_lr_scale": 3.0},
+            start="gaussian_clone",
+        ),
     },
     environments={ENV: Task(low=0.0, high=1000.0, settings={"env.action_chunk": 4})},
     settings={"num_evals": 10, "eval_mode": "sample"},

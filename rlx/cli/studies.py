@@ -225,7 +225,11 @@ def run_program(one: Planned, record: Mapping[str, Any], quiet: bool, stop: Stop
         pair = pair._replace(physics=before.physics)  # "auto" may be another engine here
     env = load_env(pair)
     pair = pair._replace(physics=env.spec.physics or pair.physics)
-    start = str(one.out / one.program.start) if one.program.start else None
+    start = None
+    if one.program.start:
+        start, first = str(one.out / one.program.start), one.program.start.parts[0]
+        if not Path(start).is_dir():
+            raise UserError(f"it starts from the policy of {first}, which has not run: name {first} behind --only too.")
     keywords = {
         "init_policy": start_policy(start, pair.physics),
         "data": data_of(one.program, pair, env, quiet=True),
