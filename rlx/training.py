@@ -33,7 +33,7 @@ from rlx.recording import (
 )
 from rlx.schedule import Schedule, TrainConfig, make_schedule, one_device
 from rlx.sharding import without_past
-from rlx.types import PyTree
+from rlx.types import Discrete, PyTree, Spec
 
 
 class Run(NamedTuple):
@@ -308,6 +308,39 @@ def check_policy(algorithm: Algorithm, policy: Policy | None) -> None:
         found, allowed = has.get(name, "nothing"), takes.get(name, "nothing")
         if found != allowed:
             raise UserError(f"the policy to start from has {found} at {name}; this run's learner takes {allowed}.")
+
+
+def distance_between(before: Algorithm, after: Algorithm, policy: Policy, spec: Spec) -> float:
+    """By how much greedy actions of `policy`, one of `before`, differ at most once `after` starts from it. () float.
+
+    Observations are made up: normal numbers of several sizes. Discrete actions differ by 0 or 1.
+    """
+    obs_key, key, sizes = jax.random.key(0), jax.random.key(1), jnp.geomspace(0.01, 10.0, 64)
+    leaves, tree = jax.tree.flatten(spec.obs)
+    draws = [jax.random.normal(jax.random.fold_in(obs_key, i), (len(sizes), *x.shape)) for i, x in enumerate(leaves)]
+    obs = jax.tree.unflatten(
+        tree,
+        [
+            (draw * sizes.reshape(-1, *[1] * (draw.ndim - 1))).astype(x.dtype)
+            for draw, x in zip(draws, leaves, strict=True)
+        ],
+    )
+
+    def actions(algorithm: Algorithm, policy: Policy) -> jax.Array:
+        memory = jax.vmap(algorithm.memory)(jax.random.split(key, len(sizes)))
+        return algorithm.act(policy, memory, obs, key, "greedy")[1]
+
+    @jax.jit
+    def distance(policy: Policy) -> jax.Array:
+        begun = after.policy(after.init(key, policy), "greedy")
+        difference = actions(before, policy) - actions(after, begun)
+        return (
+            jnp.minimum(jnp.abs(difference), 1).max()
+            if isinstance(spec.action, Discrete)
+            else jnp.abs(difference).max()
+        )
+
+    return float(distance(policy))
 
 
 def maker(module: Any, config: Any, env: Environment, plan: Plan) -> Callable[..., Algorithm]:

@@ -245,6 +245,31 @@ def test_a_policy_of_another_shape_is_refused_by_leaf(pair, capsys):
     assert not Path("b").exists()
 
 
+def test_a_policy_that_these_settings_would_make_another_one_is_refused(pair, capsys):
+    """Weights fit all the same. What a run sets for its learning alone may differ."""
+    small = ["--algo.actor-hidden", "8", "--algo.num-minibatches", "2", "--quiet"]
+    assert run(capsys, "train", "ppo", "probe/lqr", *TINY, "--run-dir", "a", *small)[0] == 0
+    begin = ("train", "ppo", "probe/lqr", *TINY, "--run-dir", "b", "--from", "a", *small)
+    status, _, err = run(capsys, *begin, "--algo.activation", "swish", "--algo.gamma", "0.5")
+    assert status == 2 and "algo.activation = 'swish', there 'tanh'" in err and not Path("b").exists()
+    status, _, err = run(capsys, *begin, "--algo.learning-rate", "1e-5", "--algo.freeze-statistics", "true")
+    assert status == 0, err
+
+
+def test_statistics_are_frozen_of_a_policy_to_start_from_alone_and_must_be_of_ranges(pair, capsys):
+    small = ["--algo.actor-hidden", "8", "--algo.num-minibatches", "2", "--quiet"]
+    status, _, err = run(capsys, "train", "ppo", "probe/lqr", *TINY, *small, "--algo.freeze-statistics", "true")
+    assert status == 2 and "algo.freeze_statistics = True" in err and "--from" in err
+    assert run(capsys, "train", "ppo", "probe/lqr", *TINY, "--run-dir", "a", *small)[0] == 0
+    assert run(capsys, "collect", "a", "--steps", "64", "--out", "a.npz", "--quiet")[0] == 0
+    bc = ("train", "bc", "probe/lqr", *TINY, "--data", "a.npz", "--algo.statistics", "range")
+    assert run(capsys, *bc, "--run-dir", "c", *small)[0] == 0
+    begin = ("train", "ppo", "probe/lqr", *TINY, "--run-dir", "d", "--from", "c", *small)
+    status, _, err = run(capsys, *begin)
+    assert status == 2 and "algo.freeze_statistics must be true" in err and not Path("d").exists()
+    assert run(capsys, *begin, "--algo.freeze-statistics", "true")[0] == 0
+
+
 def test_resume_says_what_changed_or_is_missing(pair, capsys):
     assert run(capsys, "train", *pair, *TINY, "--run-dir", "a", "--quiet")[0] == 0
     Path("my_env.py").write_text(Path("my_env.py").read_text() + "\n")

@@ -187,7 +187,7 @@ def test_a_study_fine_tunes_what_it_has_cloned_of_data(tmp_path, monkeypatch, ca
     env = envs.make("probe/lqr")
     collect(env, [Part(random_policy(env.spec), (), 400)], folder / "a.npz", progress=Progress(quiet=True))
     assert cli.main(["reproduce", "cloning", "--quiet", "--only", "tuned"]) == 1
-    assert "starts from the policy of clone, which has not run" in capsys.readouterr().err
+    assert "starts from the policy of clone, which has not run to its end" in capsys.readouterr().err
     assert cli.main(["reproduce", "cloning", "--quiet"]) == 0
     runs = tmp_path / "runs/cloning/small"
     for seed in (0, 1):
@@ -200,6 +200,16 @@ def test_a_study_fine_tunes_what_it_has_cloned_of_data(tmp_path, monkeypatch, ca
         for name, row in (("clone", -1), ("tuned", 0))
     )
     assert first == pytest.approx(last, rel=1e-4)  # the same key draws the same episodes
+    for run, entry, other in [
+        ("tuned/probe-lqr/seed-1", "from", str(runs / "other/probe-lqr/seed-0")),
+        ("clone/probe-lqr/seed-1", "data", [{"path": str(folder / "b.npz"), "share": 1.0}]),
+    ]:
+        config = runs / run / "config.json"
+        before = config.read_text()
+        config.write_text(json.dumps(json.loads(before) | {entry: other}))
+        assert cli.main(["reproduce", "cloning", "--quiet"]) == 2
+        assert f"{entry} = " in capsys.readouterr().err
+        config.write_text(before)
 
 
 def test_a_study_s_runs_are_evaluated(done, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import re
@@ -15,8 +16,10 @@ from typing import Any, NamedTuple
 
 from rlx import external, settings
 from rlx.algorithms import ALGORITHMS
-from rlx.errors import UserError, unknown
+from rlx.errors import UserError, require, unknown
 from rlx.logging import RunDirectory
+
+SAME_ACTIONS = 0.05  # of the box from -1 to 1: other arithmetic (bfloat16) gives less, another network more
 
 
 class Pair(NamedTuple):
@@ -155,14 +158,35 @@ def settings_of(directory: RunDirectory, module: ModuleType) -> tuple[Any, Any]:
     return train_config, settings.build(module.Config, directory.config["algo"])
 
 
-def start_policy(run_dir: str | None, physics: str) -> Any:
-    """The policy that `--from` names, or None. Its environment is built on the engine of the run that begins."""
-    from rlx.training import load_policy
+def start_policy(run_dir: str | None, physics: str, env: Any, module: ModuleType, train: Any, config: Any) -> Any:
+    """The policy that `--from` names, or None, for a run of these settings. Its environment is built on that engine.
 
+    Raises UserError where they do not fit: for the settings, that policy would be another one.
+    """
+    from rlx.schedule import make_schedule
+    from rlx.training import build_algorithm, check_policy, distance_between, load_policy
+
+    frozen = getattr(config, "freeze_statistics", False)
     if not run_dir:
+        require(not frozen, "algo.freeze_statistics", frozen, "there with a policy to start from: --from RUN_DIR")
         return None
     run = load_run(run_dir, physics)
-    return load_policy(run_dir, run.env, run.module, run.train_config, run.config)[1]
+    before, policy, _ = load_policy(run_dir, run.env, run.module, run.train_config, run.config)
+    algorithm = build_algorithm(module, config, env, make_schedule(env, train).plan)
+    check_policy(algorithm, policy)
+    was, now = (settings.flatten(dataclasses.asdict(one), "algo.") for one in (run.config, config))
+    if was.get("algo.statistics") == "range" and not frozen:
+        raise UserError("algo.freeze_statistics must be true: the policy to start from has ranges, no deviations.")
+    distance = distance_between(before, algorithm, policy, env.spec)
+    if distance > SAME_ACTIONS:
+        differ = "; ".join(
+            f"{key} = {now[key]!r}, there {was[key]!r}" for key in now if was.get(key, now[key]) != now[key]
+        )
+        raise UserError(
+            f"under these settings the policy of {run_dir!r} would be another one: its greedy actions differ by up to "
+            f"{distance:.2g}. Give this run the settings of that one, as far as they make up the policy: {differ}."
+        )
+    return policy
 
 
 def split_share(text: str) -> tuple[str, float | None]:

@@ -72,7 +72,7 @@ def train(arguments: list[str]) -> int:
             pair = pair._replace(physics=env.spec.physics or pair.physics)  # "auto" may be another one elsewhere
             say(quiet or not env.spec.physics, f"physics: {env.spec.physics}")
             start = options.from_run and str(Path(options.from_run).absolute())
-            policy = start_policy(start, pair.physics)
+            policy = start_policy(start, pair.physics, env, algorithm, train_config, config)
             data = load_data([split_share(file) for file in options.data], pair, env, quiet)
         record = {**describe(pair), "from": start, "wandb": options.wandb}
         record["command"] = shlex.join(["rlx", "train", *arguments])
@@ -147,7 +147,8 @@ def resume(arguments: list[str]) -> int:
             from rlx.checkpoint import Checkpointer
 
             empty = Checkpointer(Path(options.run_dir) / "checkpoints").empty()
-            policy = start_policy(recorded.get("from") if empty else None, run.pair.physics)
+            built = (run.env, run.module, run.train_config, run.config)
+            policy = start_policy(recorded.get("from"), run.pair.physics, *built) if empty else None
             files = [(entry["path"], entry["share"]) for entry in recorded.get("data", ())]
             if options.data:
                 allowed = f"the {len(files)} files that the run began with, in their order"

@@ -172,6 +172,12 @@ def check_unchanged(one: Planned) -> None:
         was = recorded["train"] | settings.flatten(recorded["algo"], "algo.")
         was |= {"algorithm": recorded["algorithm"], "env": recorded["env"], "env.*": recorded["env_overrides"]}
         now["files"], was["files"] = dict(one.pair.files), recorded["files"]
+        # Both folders may have been moved as they are.
+        now["data"] = [Path(file).name for file in one.program.data]
+        was["data"] = [Path(entry["path"]).name for entry in recorded.get("data", ())]
+        start = one.program.start
+        now["from"] = str(start) if start else None
+        was["from"] = str(Path(*Path(recorded["from"]).parts[-3:])) if recorded.get("from") else None
         for key, new in json.loads(json.dumps(now)).items():
             if key in ("num_devices", "split"):
                 continue  # they decide roundings, and may have to be others
@@ -228,10 +234,12 @@ def run_program(one: Planned, record: Mapping[str, Any], quiet: bool, stop: Stop
     start = None
     if one.program.start:
         start, first = str(one.out / one.program.start), one.program.start.parts[0]
-        if not Path(start).is_dir():
-            raise UserError(f"it starts from the policy of {first}, which has not run: name {first} behind --only too.")
+        place = Path(start).parent
+        if not finished(place) or Path(start).name in failures(place):
+            raise UserError(f"it starts from the policy of {first}, which has not run to its end.")
+    train_config, config = next(iter(one.runs.values()))
     keywords = {
-        "init_policy": start_policy(start, pair.physics),
+        "init_policy": start_policy(start, pair.physics, env, load_algorithm(pair), train_config, config),
         "data": data_of(one.program, pair, env, quiet=True),
     }
     entries = settings.entries(one.merged)
