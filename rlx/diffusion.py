@@ -127,8 +127,8 @@ def draw(
 
 
 def noises(config: Any, key: Key, shape: tuple[int, ...], mode: Mode) -> tuple[jax.Array, jax.Array]:
-    """x_K of `shape` and what every step adds [S, ...], in deviations. Nothing when greedy; DDIM's steps and, but for
-    "explore", the last one add nothing either."""
+    """x_K of `shape` and what every step adds [S, ...], in deviations. Nothing when greedy; in mode "sample"
+    neither do DDIM's steps, nor the last one of DDPM's."""
     steps = config.ddim_steps or config.num_denoising_steps
     if mode == "greedy":
         return jnp.zeros(shape, jnp.float32), jnp.zeros((steps, *shape), jnp.float32)

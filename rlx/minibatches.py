@@ -85,11 +85,12 @@ def permutation(key: Key, size: int) -> jax.Array:
     return jnp.sort(words) & jnp.uint32((1 << index_bits) - 1)
 
 
-def check_minibatches(plan: Plan, num_minibatches: int, segments: bool = False) -> None:
-    """Raises UserError where a trajectory does not split into equal minibatches, on every device."""
+def check_minibatches(plan: Plan, num_minibatches: int, segments: bool = False, of: str = "num_envs") -> None:
+    """Raises UserError where a trajectory does not split into equal minibatches, on every device. `of`: what stands in
+    the place of num_envs."""
     num_envs = plan.num_envs
     require(num_minibatches >= 1, "algo.num_minibatches", num_minibatches, "at least 1")
-    size, what = (num_envs, "num_envs") if segments else (num_envs * plan.unroll_length, "num_envs * unroll_length")
+    size, what = (num_envs, "num_envs") if segments else (num_envs * plan.unroll_length, f"{of} * unroll_length")
     allowed = f"{what} = {size} must be divisible by it"
     require(size % num_minibatches == 0, "algo.num_minibatches", num_minibatches, allowed)
     groups = shuffle_groups(plan.num_groups, num_envs, plan.unroll_length, num_minibatches, segments)

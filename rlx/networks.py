@@ -65,7 +65,9 @@ class MLP(nn.Module):
 
 class ResidualMLP(nn.Module):
     """[..., d] -> [..., out] through pairs of layers that add to their input: x + W2 act(W1 act(x)), after a first
-    layer, as the policies of DPPO (Ren et al. 2024, arXiv 2409.00588). Hidden widths are equal, and odd in number.
+    layer, as the policies of DPPO (Ren et al. 2024, arXiv 2409.00588); here act comes before the output layer too.
+
+    Hidden widths are equal, and odd in number.
     """
 
     hidden: tuple[int, ...]

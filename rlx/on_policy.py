@@ -211,8 +211,9 @@ def clipped_surrogate(ratio: jax.Array, advantages: jax.Array, clip_eps: float |
     return jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantages)
 
 
-def check(config: Any, spec: Spec, plan: Plan, name: str, segments: bool = False) -> None:
-    """Raises UserError for settings, shared by on-policy learners, that cannot work; `name` is the algorithm's."""
+def check(config: Any, spec: Spec, plan: Plan, name: str, segments: bool = False, of: str = "num_envs") -> None:
+    """Raises UserError for settings, shared by on-policy learners, that cannot work; `name` is the algorithm's. `of`:
+    what `plan.num_envs` counts."""
     require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", f"{name} trains a single agent")
     for field in ("gamma", "gae_lambda"):
         require(0 <= getattr(config, field) <= 1, f"algo.{field}", getattr(config, field), "between 0 and 1")
@@ -234,4 +235,4 @@ def check(config: Any, spec: Spec, plan: Plan, name: str, segments: bool = False
         rate = config.learning_rate
         require(low <= rate <= high, "algo.learning_rate", rate, f"adaptive_lr keeps it between {low} and {high}")
     activation(config.activation)
-    check_minibatches(plan, config.num_minibatches, segments)
+    check_minibatches(plan, config.num_minibatches, segments, of)

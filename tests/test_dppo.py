@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.stats import norm
 
@@ -86,7 +87,7 @@ def test_one_step_equals_gaussian_ppo_whose_observation_holds_the_initial_noise(
     trajectory = trajectory_of(algorithm, learner, CONTINUOUS)
     moved = jax.tree.map(lambda x: x + 1e-4, learner.params)  # so that ratios are not 1
     state = learner._replace(learned=learner.learned._replace(params=moved))
-    _, ours = jax.jit(algorithm.update)(state, trajectory, jnp.asarray(0), jax.random.key(3))
+    after, ours = jax.jit(algorithm.update)(state, trajectory, jnp.asarray(0), jax.random.key(3))
 
     def distribution(params, inputs):
         row = diffusion.Table(*(column[0] for column in made.explore))
@@ -110,7 +111,10 @@ def test_one_step_equals_gaussian_ppo_whose_observation_holds_the_initial_noise(
     old = distribution(learner.params["actor"], observed(trajectory.obs)["state"])
     extras = ppo.Extras(chain[..., 1, :], old.log_prob(chain[..., 1, :]), old, ())
     seen = trajectory._replace(obs=observed(trajectory.obs), next_obs=observed(trajectory.next_obs), extras=extras)
-    _, theirs = jax.jit(reference.update)(start, seen, jnp.asarray(0), jax.random.key(3))
+    reached, theirs = jax.jit(reference.update)(start, seen, jnp.asarray(0), jax.random.key(3))
+    for part in ("actor", "critic"):  # after one step Adam's mean is a tenth of the gradient
+        grads = [optax.tree.get(x.optimizer, "mu")[part] for x in (after.learned, reached)]
+        assert distance(*grads) < 1e-6 * max(1.0, *(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)))
     assert 0.1 < float(ours["clip_fraction"]) < 0.9 and float(ours["grad_norm"]) > 0.1
     for name in ("policy_loss", "value_loss", "clip_fraction", "grad_norm"):
         assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-5, abs=1e-6), name
@@ -123,13 +127,24 @@ def test_one_finetuned_step_is_finite_and_leaves_the_others_frozen():
 
 
 def test_frozen_steps_are_those_of_the_policy_that_a_run_began_with():
-    """Other weights in `base` change an action through the first K - K' steps alone; K' = K has none."""
+    """`base` makes x of the first K - K' steps, `actor` the others, which have the ratios; K' = K has no base."""
     algorithm = dppo.make(changed(finetuned_steps=2), CONTINUOUS, PLAN)
-    policy = algorithm.policy(algorithm.init(jax.random.key(0)), "explore")
-    other = policy._replace(params=policy.params | {"base": jax.tree.map(lambda x: x + 1.0, policy.params["base"])})
-    obs = jnp.ones((5, 3))
-    chains = [algorithm.act(p, (), obs, jax.random.key(1), "explore")[2].chain for p in (policy, other)]
-    assert chains[0].shape == (5, 3, 2) and distance(*chains) > 1e-3
+    learner = algorithm.init(jax.random.key(0))
+    policy, obs = algorithm.policy(learner, "explore"), jnp.ones((5, 3))
+
+    def chain(part):
+        moved = {part: jax.tree.map(lambda x: x + 1.0, policy.params[part])} if part else {}
+        other = policy._replace(params=policy.params | moved)
+        return algorithm.act(other, (), obs, jax.random.key(1), "explore")[2].chain
+
+    assert chain("").shape == (5, 3, 2)
+    assert distance(chain("")[:, 0], chain("base")[:, 0]) > 1e-3
+    assert distance(chain("")[:, 0], chain("actor")[:, 0]) == 0
+    assert distance(chain("")[:, 1], chain("actor")[:, 1]) > 1e-3
+    moved = learner._replace(base=jax.tree.map(lambda x: x + 1.0, learner.base))
+    trajectory = trajectory_of(algorithm, moved, CONTINUOUS)
+    _, metrics = jax.jit(algorithm.update)(moved, trajectory, jnp.asarray(0), jax.random.key(3))
+    assert float(metrics["first_ratio_deviation"]) < 2e-6
     whole = dppo.make(SMALL, CONTINUOUS, PLAN)
     assert set(whole.policy(whole.init(jax.random.key(0)), "greedy").params) == {"actor"}
 
@@ -140,6 +155,42 @@ def test_earlier_denoising_steps_have_smaller_advantages():
     *_, (_, half) = one_update(dppo, changed(gamma_denoising=0.5, normalize_advantage=False), CONTINUOUS)
     share = float(half["policy_loss"]) / float(all_paid["policy_loss"])
     assert share == pytest.approx((1 + 0.5 + 0.25 + 0.125) / 4, rel=1e-4)
+
+
+def one_ratio_moved(config, number, factor=1.05):
+    """Metrics of the first update where the ratios of denoising step `number` are `factor`, those of the others 1."""
+    algorithm = dppo.make(config, CONTINUOUS, PLAN)
+    learner = algorithm.init(jax.random.key(0))
+    trajectory = trajectory_of(algorithm, learner, CONTINUOUS)
+    extras = trajectory.extras
+    old = extras.log_prob if number is None else extras.log_prob.at[..., number].add(-np.log(factor))
+    trajectory = trajectory._replace(extras=extras._replace(log_prob=old))
+    return jax.jit(algorithm.update)(learner, trajectory, jnp.asarray(0), jax.random.key(3))[1]
+
+
+def test_without_a_future_the_last_denoising_step_alone_is_paid():
+    """gamma_denoising = 0: A_i = 0 for all steps but i = K' - 1."""
+    config = changed(gamma_denoising=0.0, normalize_advantage=False)
+    losses = [float(one_ratio_moved(config, number)["policy_loss"]) for number in (None, 0, 3)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and abs(losses[2] - losses[0]) > 1e-3 * abs(losses[0])
+
+
+@pytest.mark.parametrize(("number", "share"), [(0, 0.25), (2, 0.25), (3, 0.0)])
+def test_each_denoising_step_has_the_clipping_of_its_own(number, share):
+    """eps_i from 0.01 to 0.1 at i = 0, 1, 2, 3: 0.010, 0.018, 0.040, 0.100."""
+    metrics = one_ratio_moved(changed(clip_base=0.01, clip_eps=0.1), number)
+    assert float(metrics["clip_fraction"]) == pytest.approx(share)
+
+
+def test_exploration_noise_is_clipped_in_deviations():
+    """The log-density of a step is -z^2 / 2 and a constant, averaged over the action: z = 0.1 everywhere at most."""
+    spread = {}
+    for clip in (0.1, 3.0):
+        algorithm = dppo.make(changed(noise_clip=clip, min_std=0.2, log_prob_min=-jnp.inf), CONTINUOUS, PLAN)
+        policy = algorithm.policy(algorithm.init(jax.random.key(0)), "explore")
+        found = algorithm.act(policy, (), jnp.ones((100, 3)), jax.random.key(1), "explore")[2].log_prob
+        spread[clip] = float((found.max(axis=0) - found.min(axis=0)).max())
+    assert spread[0.1] <= 0.1**2 and spread[3.0] > 0.5
 
 
 def test_learning_stops_for_a_trajectory_once_the_policy_has_moved_far():

@@ -61,7 +61,7 @@ def test_the_square_pulls_the_ratio_of_a_bad_action_back():
     np.testing.assert_allclose([slope(0.5), slope(0.9), slope(1.3)], [8.0, 0.0, -8.0], atol=1e-5)
 
 
-def test_bad_actions_go_no_further_than_the_clip_with_the_square():
+def test_bad_actions_go_less_far_with_the_square_than_with_the_clip():
     """All advantages below 0, many steps: clipping lets ratios run away, the square holds them."""
     ratios = {}
     for asymmetric in (False, True):

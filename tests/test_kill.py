@@ -47,7 +47,7 @@ RUNS = {
     "td3": f"probe/lqr --env.scale 4 {OFF_POLICY} --algo.gamma 0.8 "
     "--algo.actor-learning-rate 0.003 --algo.critic-learning-rate 0.003",
     "fpo": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.num-epochs 1 --algo.num-minibatches 2 "
-    "--algo.learning-rate 0.003 --algo.num-flow-steps 3 --algo.ema-decay 0.5",
+    "--algo.learning-rate 0.03 --algo.num-flow-steps 3 --algo.ema-decay 0.5",
     "dppo": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.num-epochs 1 --algo.num-minibatches 2 "
     "--algo.num-denoising-steps 3 --algo.finetuned-steps 2 --algo.normalize-reward True",
     "bc": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.num-minibatches 2 --algo.learning-rate 0.03 "

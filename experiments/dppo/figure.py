@@ -1,11 +1,12 @@
-"""Policies on the avoiding task under injected action noise: a table of success, and pictures of where they go.
+"""Policies on the avoiding task under injected action noise: a table of success, pictures of where they go and act.
 
     python experiments/dppo/figure.py RUN_DIR [RUN_DIR ...] --out FILE [--noise 0 0.1 0.2 0.4]
 
 Each run is one of `study.py`'s. Success is the share of `--episodes` episodes that cross the paid half of the line; all
 actions are draws from the policy. Noise is the standard deviation of what is added to every action, 1 being full speed
 (`action_noise` of the environment). Prints the table in Markdown and writes it beside the picture, which shows first
-and last noise.
+and last noise; and in the last row the density of what the policy does at the saddle point, the start in the middle,
+straight before the first obstacle: the mean velocity of a chunk to the right and forward, in shares of full speed.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import jax
 import numpy as np
 
 import envs
-from envs.avoid import FINISH, OBSTACLES, SCALE
+from envs.avoid import FINISH, OBSTACLES, SCALE, START
 from rlx.cli.pairs import load_run
 from rlx.rolling import first_episodes
 from rlx.training import load_policy
 
 SHOWN = 100  # paths a panel
+DRAWS = 5_000  # at the saddle point
 
 
 class Rollouts(NamedTuple):
@@ -33,8 +35,16 @@ class Rollouts(NamedTuple):
     success: float  # share
 
 
-def roll_out(run_dir: str, noises: list[float], number: int) -> tuple[str, list[Rollouts]]:
-    """The run's name (its program's folder) and its newest policy's episodes under each noise."""
+class Shown(NamedTuple):
+    """What a run is judged and drawn by."""
+
+    name: str  # its program's folder
+    rollouts: list[Rollouts]  # under each noise
+    velocities: np.ndarray  # [DRAWS, 2]: at the saddle point, each the mean of a chunk of actions
+
+
+def roll_out(run_dir: str, noises: list[float], number: int) -> Shown:
+    """Of the run's newest policy."""
     run = load_run(run_dir)
     built = (run.env, run.module, run.train_config, run.config)
     algorithm, policy, _ = load_policy(run_dir, *built, mode="sample")
@@ -43,32 +53,42 @@ def roll_out(run_dir: str, noises: list[float], number: int) -> tuple[str, list[
         env = envs.make(run.pair.env, **{**run.pair.overrides, "action_noise": noise})
         seen, returns = first_episodes(env, algorithm, policy, "sample", number, jax.random.key(0))
         found.append(Rollouts([obs[:, :2] * SCALE for obs in seen], float(returns.mean())))
-    return Path(run_dir).absolute().parent.parent.name, found
+    start = np.tile(START / SCALE, 2)  # the previous position is the same
+    obs = jax.numpy.broadcast_to(start, (DRAWS, len(start)))
+    chunks = algorithm.act(policy, (), obs, jax.random.key(1), "sample")[1]
+    velocities = np.asarray(chunks).reshape(DRAWS, -1, 2).mean(axis=1)
+    return Shown(Path(run_dir).absolute().parent.parent.name, found, velocities)
 
 
-def table(noises: list[float], found: list[tuple[str, list[Rollouts]]]) -> str:
+def table(noises: list[float], found: list[Shown]) -> str:
     """Success in per cent, a row a policy; runs of the same name are averaged, with the range in brackets."""
     lines = ["| policy | " + " | ".join(f"noise {noise:g}" for noise in noises) + " |"]
     lines.append("|---" * (len(noises) + 1) + "|")
-    for name in dict.fromkeys(name for name, _ in found):
-        each = 100 * np.array([[r.success for r in rollouts] for other, rollouts in found if other == name])
+    for name in dict.fromkeys(shown.name for shown in found):
+        each = 100 * np.array([[r.success for r in shown.rollouts] for shown in found if shown.name == name])
         cells = [f"{column.mean():.0f} ({column.min():.0f} to {column.max():.0f})" for column in each.T]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def draw(noises: list[float], found: list[tuple[str, list[Rollouts]]], out: Path) -> None:
-    """A column a policy (its first run), a row for the first and for the last noise."""
+def draw(noises: list[float], found: list[Shown], out: Path) -> None:
+    """A column a policy (its first run), a row for the first and for the last noise, and one for densities."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle
 
-    first = {name: rollouts for name, rollouts in reversed(found)}
-    names = list(dict.fromkeys(name for name, _ in found))
+    first = {shown.name: shown for shown in reversed(found)}
+    names = list(dict.fromkeys(shown.name for shown in found))
     rows = sorted({0, len(noises) - 1})
-    figure = Figure(figsize=(2.2 * len(names), 3.2 * len(rows)), layout="constrained")
-    for row, axes in zip(rows, figure.subplots(len(rows), len(names), squeeze=False), strict=True):
+    figure = Figure(figsize=(2.2 * len(names), 3.2 * len(rows) + 1.8), layout="constrained")
+    grid = figure.subplots(len(rows) + 1, len(names), squeeze=False, height_ratios=[3.2] * len(rows) + [1.8])
+    for name, ax in zip(names, grid[-1], strict=True):
+        ax.hist2d(*first[name].velocities.T, bins=44, range=((-1.1, 1.1), (-0.1, 1.1)), cmap="Blues")
+        ax.axvline(0, color="#a8a8a8", linewidth=0.5)
+        ax.set(xticks=(-1, 0, 1), yticks=(0, 1), aspect="equal")
+        ax.set_title("at the saddle point", fontsize=8)
+    for row, axes in zip(rows, grid[:-1], strict=True):
         for name, ax in zip(names, axes, strict=True):
-            rollouts = first[name][row]
+            rollouts = first[name].rollouts[row]
             for x, y, radius in OBSTACLES:
                 ax.add_patch(Circle((x, y), radius, color="#e53946"))
             ax.plot([-0.25, 0], [FINISH, FINISH], color="#2a9d8f", linewidth=3)

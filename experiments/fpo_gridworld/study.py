@@ -1,7 +1,8 @@
 """FPO beside a Gaussian PPO on the gridworld of the FPO paper (arXiv 2507.21053, section 4.1).
 
-Both with the settings that ship (`rlx/presets/gridworld.toml`), which are the paper's: 2,048 steps an iteration, 50
-pairs an action, a Gaussian of fixed covariance 0.5 I. Every goal pays 20 and ends the episode: 20 is the best return.
+Both with the settings that ship (`rlx/presets/gridworld.toml`): the paper's 2,048 steps an iteration, 50 pairs an
+action, a Gaussian of fixed covariance 0.5 I; minibatches, normalisation and clipped gradients are ours. Every goal pays
+20 and ends the episode: 20 is the best return.
 """
 
 from rlx.study import Size, Study, Task, Variant

@@ -1,8 +1,9 @@
 """PPO, FPO, FPO++ and DPPO from scratch on the ten dm_control tasks of the FPO paper (arXiv 2507.21053, section 4.2).
 
-The same normaliser, advantages, critic, sizes of networks and budgets for all; each learner's own settings are those
-that ship. The paper gives means over the ten tasks alone; of one task its authors' notebook (seed 42) gives a curve, in
-README.md. `references` are brax's PPO, of whose settings both the paper and Playground speak.
+The same normaliser, advantages, sizes of networks and budgets for all; each learner's own settings are those that ship,
+its activation (PPO tanh, FPO and FPO++ swish, DPPO mish) and largest gradient (0.5, 0.5, 1, 1) among them. The paper
+gives means over the ten tasks alone; of one task its authors' notebook (seed 42) gives a curve, in README.md.
+`references` are brax's PPO, of whose settings both the paper and Playground speak.
 """
 
 from rlx.study import Reference, Size, Study, Task, Variant
@@ -54,7 +55,7 @@ STUDY = Study(
     name="fpo_ten_tasks",
     title="PPO, FPO, FPO++ and DPPO from scratch on ten dm_control tasks",
     about="Which learner returns more, against steps and against minutes, when all have the same correct normaliser, "
-    "advantages and networks. The paper's Gaussian baseline is disputed.",
+    "advantages and sizes of networks. The paper's Gaussian baseline is disputed.",
     algorithms={
         "ppo": Variant("ppo"),
         "fpo": Variant("fpo"),

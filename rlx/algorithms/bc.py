@@ -180,6 +180,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
     def init(key: Key, policy: BCPolicy | None = None) -> BCState:
         if policy is None:
             policy = BCPolicy({"actor": actor.init(key)}, normalize.init(spec.obs))
+        policy = BCPolicy({"actor": policy.params["actor"]}, policy.statistics)  # without what else a learner keeps
         average = jax.tree.map(jnp.copy, policy.params["actor"])
         return BCState(policy.params, average, optimizer.init(policy.params), policy.statistics)
 

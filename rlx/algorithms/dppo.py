@@ -13,8 +13,9 @@ means over the action, of normals whose deviation has a floor; minibatches draw 
 denoising step; the noisiest step is clipped tightest (the paper's text has it the other way round).
 
 What differs: an action is clipped to the box where the environment receives it, not inside the last step's density;
-greedy actions are the means from x_K = 0, those of mode "sample" are what the paper evaluates: drawn, with a small
-floor and without noise in the last step. Chunks of actions are the environment's (`--env.action-chunk`).
+greedy actions are the means from x_K = 0, those of mode "sample" are what the paper evaluates, but for a clip of the
+noise: drawn, with a small floor and without noise in the last step. Chunks of actions are the environment's
+(`--env.action-chunk`).
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
     diffusion.check(config, spec, "dppo")
     steps, learnt = num_steps(config)
     require(1 <= learnt <= steps, "algo.finetuned_steps", config.finetuned_steps, f"0 to {steps}, the steps there are")
-    on_policy.check(config, spec, plan._replace(num_envs=plan.num_envs * learnt), "dppo")
+    pairs = plan._replace(num_envs=plan.num_envs * learnt)  # of an environment's and a denoising step
+    on_policy.check(config, spec, pairs, "dppo", of=f"{learnt} denoising steps * num_envs")
     denoising = config.gamma_denoising
     require(0 <= denoising <= 1, "algo.gamma_denoising", denoising, "between 0 and 1")
     for name in ("stop_kl", "clip_base", "min_log_prob_std", "noise_clip"):

@@ -12,8 +12,9 @@ What differs from the papers: the pairs of an action are drawn when its trajecto
 is taken; they and their losses are the same for all epochs, as there. Mean ratios are clamped as the others are, far
 outside of the clipping, so that none overflows. Greedy actions start from eps = 0 (FPO++'s zero
 sampling), those of mode "sample" from noise, as FPO evaluates. FPO++ is settings: ratio = "per_sample", flow_loss =
-"velocity", sum_loss, asymmetric, ema_decay 0.95, loss_clamp 20, difference_clamp 10 with straight_through,
-advantage_clamp 100, max_grad_norm 1, weight_decay 1e-4, and if wanted entropy_samples and adaptive_lr.
+"velocity", flow_times = "uniform", sum_loss, asymmetric, ema_decay 0.95 (from the first update on), loss_clamp 20,
+difference_clamp 10 with straight_through, advantage_clamp 100, max_grad_norm 1, weight_decay 1e-4, and if wanted
+entropy_samples and adaptive_lr.
 """
 
 from __future__ import annotations
