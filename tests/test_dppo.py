@@ -114,7 +114,7 @@ def test_one_step_equals_gaussian_ppo_whose_observation_holds_the_initial_noise(
     reached, theirs = jax.jit(reference.update)(start, seen, jnp.asarray(0), jax.random.key(3))
     for part in ("actor", "critic"):  # after one step Adam's mean is a tenth of the gradient
         grads = [optax.tree.get(x.optimizer, "mu")[part] for x in (after.learned, reached)]
-        assert distance(*grads) < 1e-6 * max(1.0, *(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)))
+        assert distance(*grads) < 1e-5 * max(1.0, *(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)))
     assert 0.1 < float(ours["clip_fraction"]) < 0.9 and float(ours["grad_norm"]) > 0.1
     for name in ("policy_loss", "value_loss", "clip_fraction", "grad_norm"):
         assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-5, abs=1e-6), name
