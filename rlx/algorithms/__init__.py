@@ -10,4 +10,5 @@ ALGORITHMS = {
     "fpo": "rlx.algorithms.fpo",
     "dppo": "rlx.algorithms.dppo",
     "hasac": "rlx.algorithms.hasac",
+    "maddpg": "rlx.algorithms.maddpg",
 }
