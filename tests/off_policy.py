@@ -72,11 +72,11 @@ def alike(trajectory):
 
 @pytest.fixture
 def same_noise(monkeypatch):
-    """Normals draw the same, whatever their key: of as many numbers in whatever shape, the same."""
+    """Normals draw the same whatever their key, and each entry and agent of a batch too."""
 
     def sample(self, key):
-        noise = 1.5 * jnp.sin(1.0 + jnp.arange(self.mean.size, dtype=jnp.float32))
-        return self.mean + self.std * noise.reshape(self.mean.shape)
+        noise = 1.5 * jnp.sin(1.0 + jnp.arange(len(self.mean), dtype=jnp.float32))
+        return self.mean + self.std * noise.reshape(-1, *(1,) * (self.mean.ndim - 1))
 
     monkeypatch.setattr(Normal, "sample", sample)
 
