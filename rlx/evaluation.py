@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rlx.agents import team_reward
 from rlx.algorithm import Algorithm, Key, Memory, Mode, Policy
 from rlx.environment import Environment
 from rlx.errors import require
-from rlx.rollout import inner_steps, team_reward, where_done
+from rlx.rollout import inner_steps, where_done
 from rlx.sharding import on_parts
 from rlx.types import PyTree, TimeStep
 
