@@ -144,7 +144,7 @@ def make_estimate(config: Any, values: Values) -> Callable[[PyTree, Transition],
 
 
 def normalized(config: Any, advantages: jax.Array) -> jax.Array:
-    """Those of a minibatch [T, B], or [T, B, N] of each agent alone, with mean 0 and std 1 if the settings ask for it."""
+    """Those of a minibatch [T, B] with mean 0 and std 1, of several agents [T, B, N] each by itself; or as they are."""
     if not config.normalize_advantage:
         return advantages
     mean, std = (f(advantages, axis=(0, 1), keepdims=True) for f in (jnp.mean, jnp.std))
@@ -232,7 +232,11 @@ def make_update(
 
 
 def around(
-    config: Any, plan: Plan, estimate: Callable[[PyTree, Transition], Batch], learn: Learn, normalize_first: bool = False
+    config: Any,
+    plan: Plan,
+    estimate: Callable[[PyTree, Transition], Batch],
+    learn: Learn,
+    normalize_first: bool = False,
 ) -> Update:
     """What comes before and after `learn`: rewards scaled, observations normalised, advantages; the new statistics."""
 

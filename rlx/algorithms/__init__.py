@@ -9,4 +9,5 @@ ALGORITHMS = {
     "bc": "rlx.algorithms.bc",
     "fpo": "rlx.algorithms.fpo",
     "dppo": "rlx.algorithms.dppo",
+    "mappo": "rlx.algorithms.mappo",
 }
