@@ -7,7 +7,7 @@ observations and actions, and in no log-probability, entropy or divergence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from rlx.algorithm import Key
 from rlx.distributions import Categorical, OneHotCategorical
 from rlx.errors import require
 from rlx.networks import select
-from rlx.types import Discrete, PyTree, Spec, TimeStep, Transition
+from rlx.types import Discrete, PyTree, Spec, TimeStep
 
 
 class Agents(NamedTuple):
@@ -64,9 +64,11 @@ def made_of(spec: Spec, obs_key: str = "agents") -> Agents:
 def check(spec: Spec, obs_key: str, name: str) -> None:
     """Raises UserError for an environment whose agents learner `name` cannot train: observations and continuous
     actions are vectors, one of each an agent."""
-    N = spec.num_agents
+    N, obs = spec.num_agents, spec.obs
+    if isinstance(obs, Mapping):
+        require(obs_key in obs, "env", f"observations {sorted(obs)}", f"{name} reads algo.actor_obs_key = {obs_key!r}")
     of_all = () if N == 1 else (N,)
-    shape, action = select(spec.obs, obs_key).shape, spec.action.shape
+    shape, action = select(obs, obs_key).shape, spec.action.shape
     fits = len(shape) > 0 and shape[:-1] == of_all
     require(fits, "env", f"observations of shape {shape}", f"{name} reads a vector of each of {N} agents")
     fits = action == of_all if isinstance(spec.action, Discrete) else len(action) > 0 and action[:-1] == of_all
@@ -131,6 +133,11 @@ def make_networks(
     return Networks(init_all, apply_all, apply_one, jax.vmap, take, put)
 
 
-def team_reward(step: TimeStep | Transition) -> jax.Array:
-    """The reward, float32 in the shape of `step.terminated`: the sum over agents where they are paid apart."""
-    return step.reward.reshape(step.terminated.shape + (-1,)).sum(axis=-1)
+def team(reward: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[*shape]: the reward of all agents together, of what each of them is paid, [*shape, N], or all are, [*shape]."""
+    return reward.reshape(*shape, -1).sum(axis=-1) if reward.ndim > len(shape) else reward
+
+
+def team_reward(timestep: TimeStep) -> jax.Array:
+    """[B] float32: the reward, summed over agents where they are paid apart ([B, N])."""
+    return team(timestep.reward, timestep.terminated.shape)

@@ -36,6 +36,7 @@ SETTINGS = {"sac": OFF_POLICY, "td3": OFF_POLICY}
 SETTINGS |= {
     "fpo": GENERATIVE | {"num_flow_steps": 3},
     "dppo": GENERATIVE | {"num_denoising_steps": 3},
+    "mappo": {"actor_obs_key": "state"},  # the worlds are of one agent
 }  # in place of defaults that are made for longer runs
 
 

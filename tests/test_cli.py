@@ -86,7 +86,7 @@ assert not loaded & {"jax", "brax", "gymnax", "mujoco_playground", "tyro", "rich
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "playground/CheetahRun" in done.stdout.split()
-    assert "Did you mean playground/CheetahRun" in done.stderr and "Did you mean ppo or dppo?" in done.stderr
+    assert "Did you mean playground/CheetahRun" in done.stderr and "Did you mean ppo or dppo or mappo?" in done.stderr
 
 
 def test_a_folder_called_envs_in_the_working_directory_hides_nothing(tmp_path):

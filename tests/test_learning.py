@@ -51,6 +51,7 @@ FAST = {
         "num_denoising_steps": 4,
         "gamma_denoising": 1.0,
     },
+    "mappo": ON_POLICY,
     "sac": OFF_POLICY | {"init_alpha": 1e-3, "alpha_learning_rate": 1e-2},
     "td3": OFF_POLICY,
 }
@@ -79,9 +80,9 @@ def demonstrations(world):
 def values(name, config, run, env, obs):
     """V(obs) of a critic over observations, or the smallest Q(obs, greedy action) of critics over actions too."""
     learner, obs = run.state.learner, jnp.asarray(obs, jnp.float32)
-    if name in ("ppo", "fpo", "dppo"):
+    if name in ("ppo", "fpo", "dppo", "mappo"):
         critic = MLP(config.critic_hidden, 1, config.activation)
-        statistics = learner.statistics if name == "ppo" else learner.learned.statistics
+        statistics = learner.statistics if name in ("ppo", "mappo") else learner.learned.statistics
         seen = normalize.normalize(statistics, obs, clip=10.0)
         return np.asarray(critic.apply(learner.params["critic"], seen)).squeeze(-1)
     algorithm = importlib.import_module(ALGORITHMS[name]).make(config, env.spec, make_schedule(env, TRAIN).plan)

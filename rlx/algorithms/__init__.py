@@ -9,5 +9,6 @@ ALGORITHMS = {
     "bc": "rlx.algorithms.bc",
     "fpo": "rlx.algorithms.fpo",
     "dppo": "rlx.algorithms.dppo",
+    "hasac": "rlx.algorithms.hasac",
     "mappo": "rlx.algorithms.mappo",
 }

@@ -30,7 +30,7 @@ import optax
 
 from rlx import actors, agents, on_policy
 from rlx.actors import make_actor
-from rlx.agents import make_networks, masked, team_reward
+from rlx.agents import make_networks, masked
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.errors import require
 from rlx.minibatches import scan_minibatches
@@ -272,7 +272,8 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
     of_team = on_policy.around(config, plan, on_policy.make_estimate(config, values), learn)
 
     def update(state: OnPolicyState, trajectory: Transition, iteration: jax.Array, key: Key):
-        return of_team(state, trajectory._replace(reward=team_reward(trajectory)), iteration, key)
+        reward = agents.team(trajectory.reward, trajectory.terminated.shape)
+        return of_team(state, trajectory._replace(reward=reward), iteration, key)
 
     return Algorithm(init, policy, lambda key: (), act, update)
 
