@@ -83,16 +83,17 @@ def test_of_one_agent_it_is_ppo(spec, config):
 
 
 @functools.cache
-def built(config, spec=TEAM):
+def built(config, discrete=False):
     """The algorithm, its learner, a trajectory of its policy, its update and how it acts, jitted."""
+    spec = WORDS if discrete else TEAM
     algorithm = mappo.make(config, spec, PLAN)
     learner = algorithm.init(jax.random.key(0))
     return algorithm, learner, trajectory_of(algorithm, learner, spec), jax.jit(algorithm.update)
 
 
-def updated(config, spec=TEAM, trajectory=None, seed=3):
-    _, learner, own, update = built(config, spec)
-    return update(learner, own if trajectory is None else trajectory, jnp.asarray(0), jax.random.key(seed))
+def updated(config, trajectory=None, discrete=False):
+    _, learner, own, update = built(config, discrete)
+    return update(learner, own if trajectory is None else trajectory, jnp.asarray(0), jax.random.key(3))
 
 
 BY_HAND = {"gamma": 0.0, "normalize_obs": False, "entropy_coef": 0.0, "learning_rate": 1e-2, "num_epochs": 3}
@@ -199,8 +200,8 @@ def test_critics_of_ippo_see_nothing_but_what_their_agent_sees():
             equal = all((np.asarray(x) == np.asarray(y)).all() for x, y in zip(own, others, strict=True))
             assert equal == same, (part, agent)
     central = dataclasses.replace(SMALL, normalize_obs=False)
-    critics = [updated(central, trajectory=x)[0].params["critic"] for x in (None, other)]
-    assert np.abs(jax.tree.leaves(critics[0])[0] - jax.tree.leaves(critics[1])[0]).max() > 1e-4
+    errors = [float(updated(central, trajectory=x)[1]["value_loss"]) for x in (None, other)]
+    assert abs(errors[0] - errors[1]) > 1e-3
 
 
 def test_the_central_critic_reads_the_state_alone():
@@ -229,12 +230,12 @@ def test_padding_is_0_in_actions_and_nothing_in_what_is_learnt(config):
 @pytest.mark.parametrize("config", [SMALL, IN_TURN, SHARED], ids=["together", "in turn", "shared"])
 def test_discrete_agents_choose_among_their_own_values_and_start_at_a_ratio_of_one(config):
     config = dataclasses.replace(config, entropy_coef=0.1)
-    algorithm, learner, trajectory, _ = built(config, WORDS)
+    algorithm, learner, trajectory, _ = built(config, discrete=True)
     obs = jax.tree.map(lambda x: jnp.zeros((2000, *x.shape)), WORDS.obs)
     _, action, _ = algorithm.act(algorithm.policy(learner, "explore"), (), obs, jax.random.key(0), "explore")
     assert action.dtype == jnp.int32 and action.shape == (2000, N)
     assert [set(column) for column in np.asarray(action).T.tolist()] == [{0, 1, 2}, {0, 1}, {0, 1, 2}]
-    state, metrics = updated(config, WORDS)
+    state, metrics = updated(config, discrete=True)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((state, metrics)))
     assert float(metrics["first_ratio_deviation"]) < 2e-6
 
@@ -300,8 +301,16 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("world", ["continuous", "discrete"])
+SOON = {("mappo", "continuous"), ("happo", "continuous"), ("ippo", "discrete"), ("shared", "discrete")}
+
+
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in SOON))
+        for pair in itertools.product(SETTINGS, ("continuous", "discrete"))
+    ],
+)
 def test_a_team_learns_in_seconds(name, world):
     """Answers: 0 is best, and about -1 by chance. Of the diagonal game's 5, 10 and 20 it finds the 20."""
     env = Answers() if world == "continuous" else envs.make("matrix/diagonal")
@@ -347,4 +356,4 @@ def test_golden_numbers_of_one_update():
     assert measured == pytest.approx(GOLDEN, rel=1e-4), message
 
 
-GOLDEN = {"policy_loss": 0.0}
+GOLDEN = {"policy_loss": 0.0, "value_loss": 0.0, "entropy": 0.0, "actor_grad_norm": 0.0, "params": 0.0}

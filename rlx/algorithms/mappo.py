@@ -112,8 +112,9 @@ class MAPPOPolicy(NamedTuple):
 def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     agents.check(spec, config.actor_obs_key, "mappo")
-    shape = select(spec.obs, config.critic_obs_key).shape
-    require(len(shape) == 1, "env", f"a state of shape {shape}", "mappo's critic reads vectors")
+    if config.central_critic:
+        shape = select(spec.obs, config.critic_obs_key).shape
+        require(len(shape) == 1, "env", f"a state of shape {shape}", "mappo's critic reads vectors")
     on_policy.check_settings(config, plan)
     actors.check(config)
     require(config.entropy_coef >= 0, "algo.entropy_coef", config.entropy_coef, "at least 0")
@@ -155,8 +156,10 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
 
     def init(key: Key, policy: MAPPOPolicy | None = None) -> OnPolicyState:
         actor_key, critic_key = jax.random.split(key)
-        state = jnp.zeros(select(spec.obs, config.critic_obs_key).shape, jnp.float32)
-        of_critic = critic.init(critic_key, state) if config.central_critic else own_critics.init(critic_key)
+        if config.central_critic:
+            of_critic = critic.init(critic_key, jnp.zeros(select(spec.obs, config.critic_obs_key).shape, jnp.float32))
+        else:
+            of_critic = own_critics.init(critic_key)
         params = {"actor": actor.init(actor_key), "critic": of_critic}
         return on_policy.init(config, spec, plan, params, init_optimizers, policy)
 
