@@ -25,6 +25,7 @@ DRIVER |= {
     "schedule",
     "plotting",
     "recording",
+    "video",
     "benchmark",
     "measuring",
     "group",

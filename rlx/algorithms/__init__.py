@@ -11,4 +11,5 @@ ALGORITHMS = {
     "dppo": "rlx.algorithms.dppo",
     "hasac": "rlx.algorithms.hasac",
     "maddpg": "rlx.algorithms.maddpg",
+    "mappo": "rlx.algorithms.mappo",
 }
