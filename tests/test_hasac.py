@@ -201,6 +201,30 @@ def test_discrete_actions_are_allowed_ones_and_their_actors_learn():
     assert 0 < float(metrics["entropy"]) <= (np.log(3) + np.log(2)) / 2 + 1e-6
 
 
+def test_the_values_of_all_actions_decide_where_slopes_mislead():
+    """A critic |x - 1/4| of x, which is 1 where agent 0 takes action 1: worth 3/4, anything else 1/4. But where it is
+    not taken, which is nearly always, the slope in x is -1."""
+    for each, sign in ((False, -1), (True, 1)):
+        config = dataclasses.replace(
+            STILL, value_each=each, init_alpha=1e-9, actor_learning_rate=1e-2, batch_size=512, num_critics=1
+        )
+        _, update, state = start(config, DISCRETE_TEAM)
+        actor = jax.tree.map(jnp.zeros_like, state.params["actor"])
+        actor["params"]["output"]["bias"] = actor["params"]["output"]["bias"].at[0, 1].set(-2.0)  # seldom drawn
+        critic = jax.tree.map(jnp.zeros_like, state.params["critic"])
+        for column, way in ((0, 1.0), (1, -1.0)):
+            layer = critic["params"]["Dense_0"]
+            layer["kernel"] = layer["kernel"].at[0, 5 + 1, column].set(way)
+            layer["bias"] = layer["bias"].at[0, column].set(-way / 4)
+            critic["params"]["output"]["kernel"] = critic["params"]["output"]["kernel"].at[0, column].set(1.0)
+        trajectory = trajectory_of(DISCRETE_TEAM)._replace(obs=trajectory_of(TEAM).obs)
+        trajectory = trajectory._replace(action=jnp.zeros_like(trajectory.action))
+        learner = with_params(state, actor=actor, critic=critic)
+        after, _ = update(learner, trajectory, jnp.int32(0), jax.random.key(0))
+        moved = after.params["actor"]["params"]["output"]["bias"] - actor["params"]["output"]["bias"]
+        assert float(jnp.sign(moved[0, 1])) == sign
+
+
 @pytest.mark.parametrize("scale", [3.0, -3.0])
 def test_temperatures_rise_where_entropy_lacks_and_each_has_its_own_target(scale):
     """Of zeros, an actor has an entropy of about 0.5 nats an entry: above -3, below 3."""

@@ -15,6 +15,7 @@ What differs from the paper's code: time limits bootstrap from the true successo
 early; the joint entropy stands in the target; the target entropy of discrete actions is a share of log n; observations
 are normalised with running statistics. `share_params` trains one network by each agent in turn. `anneal_alpha` lowers
 the temperatures over the run: from soft responses that are nearly uniform, agents end at better equilibria of games.
+A network's slope at a one-hot action says little about the other actions; `value_each` asks for their values instead.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ class Config:
     final_alpha: float = 0.01  # temperature at the end, for anneal_alpha
     target_entropy_scale: float = 1.0  # target entropy: minus so many nats for each dimension of an agent's action
     discrete_entropy_scale: float = 0.3  # and of n discrete actions: this share of log n
+    value_each: bool = (
+        False  # discrete actors learn of the values of all their actions, not of the critic's slope at one
+    )
     max_grad_norm: float = 1e9  # global norm, of each network; so large a one clips nothing
     reward_scale: float = 1.0  # applied inside update only
     normalize_obs: bool = True  # running mean and standard deviation of observations
@@ -185,8 +189,16 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         pi = distribution(actors.apply_one(params, agent, row), mask[agent])
         raw_action = pi.sample(key)
         log_prob = pi.log_prob(raw_action)
-        joint = actions.at[:, agent].set(pi.to_action(raw_action)).reshape(len(batch.reward), -1)
-        value = critics.apply(learned.params["critic"], batch.obs, joint).min(axis=0)
+        action = pi.to_action(raw_action)
+
+        def value_of(action: jax.Array) -> jax.Array:
+            joint = actions.at[:, agent].set(action).reshape(len(batch.reward), -1)
+            return critics.apply(learned.params["critic"], batch.obs, joint).min(axis=0)
+
+        if agents.discrete and config.value_each:
+            value = (jax.vmap(value_of, out_axes=1)(jnp.eye(agents.action_size)) * action).sum(axis=-1)
+        else:
+            value = value_of(action)
         loss = (jnp.exp(learned.params["log_alpha"][agent]) * log_prob - value).mean()
         metrics = {"actor_loss": loss, "entropy": -log_prob.mean()}
         return loss, metrics | ({"std": pi.std.mean(where=pi.mask)} if isinstance(pi, TanhNormal) else {})
