@@ -56,7 +56,7 @@ class Config:
     clip_eps: float = 0.2  # ratio clipping
     clip_value: bool = False  # clip the critic's change to clip_eps too
     value_coef: float = 1.0  # weight of half the squared value error
-    entropy_coef: float = 0.01  # weight of the entropy bonus
+    entropy_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float = 10.0  # norm of each network's gradient; inf for none
     num_epochs: int = 10  # passes over a trajectory
     num_minibatches: int = 1  # gradient steps a pass
