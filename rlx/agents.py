@@ -1,8 +1,8 @@
 """What learners of several agents share: the agents of a Spec, networks of their own, one agent's part of them all.
 
 Inside a learner observations are [..., N, d] and actions [..., N, a], those of a single-agent environment too, with
-N = 1: so HASAC of one agent is SAC, and MAPPO is PPO. Padding (`spec.obs_mask`, `spec.action_mask`) is 0 in
-observations and actions, and in no log-probability, entropy or divergence.
+N = 1: so HASAC of one agent is SAC, MATD3 is TD3 and MAPPO is PPO. Padding (`spec.obs_mask`, `spec.action_mask`) is 0
+in observations and actions, and in no log-probability, entropy or divergence.
 """
 
 from __future__ import annotations

@@ -179,6 +179,32 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
     return OffPolicy(init, observe, explore, update, explorer, updates)
 
 
+def noisy(action: jax.Array, std: float | jax.Array, key: Key, clip: float | jax.Array = math.inf) -> jax.Array:
+    """An action in [-1, 1] with normal noise, of at most `clip`, added; inside of that box again."""
+    noise = std * jax.random.normal(key, action.shape, jnp.float32)
+    return jnp.clip(action + jnp.clip(noise, -clip, clip), -1.0, 1.0)
+
+
+def turn(delay: int, experience: OffPolicy, iteration: jax.Array, count: jax.Array) -> jax.Array:
+    """() int32, 0 on every `delay`-th gradient step of the run, of which `count` were before in this iteration."""
+    before = iteration % delay * experience.updates  # gradient steps, but for whole turns
+    return (before + count + 1) % delay
+
+
+def delayed(
+    delay: int, turn: jax.Array, step: Callable[..., tuple[Any, Metrics]], carry: Any, *inputs: Any
+) -> tuple[Any, Metrics]:
+    """`step(carry, *inputs) -> (carry, metrics)` on turn 0, else nothing. Of the mean of its metrics over all gradient
+    steps, those of its own are left: on others they are 0."""
+
+    def skipped(carry: Any, *inputs: Any) -> tuple[Any, Metrics]:
+        metrics = jax.eval_shape(step, carry, *inputs)[1]
+        return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+
+    carry, metrics = jax.lax.cond(turn == 0, step, skipped, carry, *inputs)
+    return carry, {name: value * delay for name, value in metrics.items()}
+
+
 def updates_in(config: Any, decisions: int) -> int:
     """Gradient steps for so many decisions, to the nearest whole one."""
     updates, each = config.utd_ratio
@@ -236,3 +262,10 @@ def check(config: Any, spec: Spec, plan: Plan, name: str, several: bool = False,
     kept = Spec(keep(spec.obs, config.actor_obs_key, config.critic_obs_key), spec.action)
     paid = (spec.num_agents,) if apart else ()
     check_replay(plan, kept, config.replay_size, sizes, config.replay_dtype, paid)
+
+
+def check_noise(config: Any) -> None:
+    """Raises UserError for settings of deterministic actors that cannot work."""
+    require(config.policy_delay >= 1, "algo.policy_delay", config.policy_delay, "at least 1")
+    for name in ("exploration_noise", "target_noise", "noise_clip"):
+        require(getattr(config, name) >= 0, f"algo.{name}", getattr(config, name), "at least 0")

@@ -10,5 +10,6 @@ ALGORITHMS = {
     "fpo": "rlx.algorithms.fpo",
     "dppo": "rlx.algorithms.dppo",
     "hasac": "rlx.algorithms.hasac",
+    "maddpg": "rlx.algorithms.maddpg",
     "mappo": "rlx.algorithms.mappo",
 }
