@@ -238,11 +238,12 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
             def apply(params: PyTree, row: jax.Array) -> Any:
                 return masked(actor.apply_one(params, agent, row), mask[agent])
 
-            taken = actor.take(players[:2], agent)
-            one = Learnt(*taken, players.learning_rate)
+            params, state = actor.take(players[:2], agent)
+            one = Learnt(params, state, players.learning_rate)
             one, metrics = scan_minibatches(improve_actor(optimizer, apply, anneal), one, mine, key, *sizes)
             log_ratio = apply(one.params, mine.rows).log_prob(mine.extras.raw_action) - mine.extras.log_prob
-            players = Learnt(*actor.put(players[:2], agent, one[:2]), one.learning_rate)
+            params, state = actor.put(players[:2], agent, one[:2])
+            players = Learnt(params, state, one.learning_rate)
             return (players, factor * jnp.exp(log_ratio)), metrics
 
         start = (players, jnp.ones((plan.unroll_length, plan.num_envs), jnp.float32))
