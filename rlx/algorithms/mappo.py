@@ -56,7 +56,7 @@ class Config:
     clip_eps: float = 0.2  # ratio clipping
     clip_value: bool = False  # clip the critic's change to clip_eps too
     value_coef: float = 1.0  # weight of half the squared value error
-    entropy_coef: float = 0.01  # weight of the entropy bonus
+    entropy_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float = 10.0  # norm of each network's gradient; inf for none
     num_epochs: int = 10  # passes over a trajectory
     num_minibatches: int = 1  # gradient steps a pass
@@ -238,11 +238,12 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
             def apply(params: PyTree, row: jax.Array) -> Any:
                 return masked(actor.apply_one(params, agent, row), mask[agent])
 
-            taken = actor.take(players[:2], agent)
-            one = Learnt(*taken, players.learning_rate)
+            params, state = actor.take(players[:2], agent)
+            one = Learnt(params, state, players.learning_rate)
             one, metrics = scan_minibatches(improve_actor(optimizer, apply, anneal), one, mine, key, *sizes)
             log_ratio = apply(one.params, mine.rows).log_prob(mine.extras.raw_action) - mine.extras.log_prob
-            players = Learnt(*actor.put(players[:2], agent, one[:2]), one.learning_rate)
+            params, state = actor.put(players[:2], agent, one[:2])
+            players = Learnt(params, state, one.learning_rate)
             return (players, factor * jnp.exp(log_ratio)), metrics
 
         start = (players, jnp.ones((plan.unroll_length, plan.num_envs), jnp.float32))
