@@ -198,3 +198,18 @@ def test_a_team_finds_the_best_of_three_agreements():
     config = dataclasses.replace(CONFIG, **settings)
     run = rlx.train(env, maddpg, sizes, config, progress=Progress(quiet=True))
     assert run.history[-1]["eval/return"] == 20.0
+
+
+def test_golden_numbers_of_one_update():
+    _, update, state = start(CONFIG)
+    state, metrics = update(state, trajectory_of(TEAM), jnp.int32(0), jax.random.key(3))
+    measured = {k: float(metrics[k]) for k in ("critic_loss", "actor_loss", "target")}
+    measured["params"] = float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(state.params)))
+    message = (
+        "One MADDPG update gives other numbers than it did: its mathematics, its initialisation or its use of keys has "
+        "changed. If that was meant, write the new numbers here and say in CHANGELOG.md that curves are not comparable."
+    )
+    assert measured == pytest.approx(GOLDEN, rel=1e-4), message
+
+
+GOLDEN = {"critic_loss": 0.6597286, "actor_loss": -0.05247865, "target": 0.266565, "params": 86.63453}
