@@ -36,9 +36,9 @@ CONTACT_FORCE, CONTACT_MARGIN = 100.0, 1e-3  # per length of penetration; over w
 DIRECTIONS = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], np.float32)  # of the five moves
 TINY = 1e-12  # two points at one place push each other nowhere, instead of to NaN
 
-EXTENT, PIXELS = 1.4, 200  # a picture reaches from -EXTENT to EXTENT
+EXTENT, PIXELS, STRIP = 1.4, 200, 20  # a picture reaches from -EXTENT to EXTENT; rows below it for messages
 BACKGROUND, GREY, BLUE, RED, GREEN = (245, 245, 245), (120, 120, 120), (60, 90, 200), (210, 60, 50), (60, 160, 90)
-FOOD_COLOUR, FOREST_COLOUR = (200, 150, 40), (190, 225, 190)
+FOOD_COLOUR, FOREST_COLOUR, STRIP_COLOUR = (200, 150, 40), (190, 225, 190), (225, 225, 225)
 
 
 class ParticleState(NamedTuple):
@@ -449,20 +449,37 @@ class Particle:
         return state, TimeStep(obs, reward[0] if N == 1 else reward, never, never, obs, {})
 
     def render(self, states: Sequence[ParticleState]) -> np.ndarray:
-        """Discs, agents over landmarks, goals green: [F, 200, 200, 3] uint8, the top row first.
+        """Discs, agents over landmarks, goals green: [F, 200, 200, 3] uint8, the top row first. What agents say stands
+        below, in 20 rows more where any of them speaks: from left to right a bar a word in the speaker's colour.
 
-        What lies beyond 1.4 is not in the picture.
+        The view reaches to 1.4, and where something lies beyond, as far as that.
         """
-        axis = EXTENT * ((np.arange(PIXELS) + 0.5) / PIXELS * 2 - 1)
+        speakers = [i for i, agent in enumerate(self.task.agents) if agent.speaks]
+        height = PIXELS + (STRIP if speakers else 0)
+        frames: np.ndarray = np.empty((len(states), height, PIXELS, 3), np.uint8)
+        for frame, state in zip(frames, states, strict=True):
+            frame[:PIXELS] = self._draw_world(np.asarray(state.position), self.num_agents + np.asarray(state.goal))
+            if speakers:
+                frame[PIXELS:] = self._draw_messages(np.asarray(state.message), speakers)
+        return frames
+
+    def _draw_world(self, position: np.ndarray, goals: np.ndarray) -> np.ndarray:
+        extent = max(EXTENT, 1.1 * float(np.abs(position).max()))
+        axis = extent * ((np.arange(PIXELS) + 0.5) / PIXELS * 2 - 1)
         x, y = axis[None], -axis[:, None]
         everyone: list[Agent | Landmark] = [*self.task.agents, *self.task.landmarks]
-        frames: np.ndarray = np.full((len(states), PIXELS, PIXELS, 3), BACKGROUND, np.uint8)
-        for frame, state in zip(frames, states, strict=True):
-            goals = self.num_agents + np.asarray(state.goal)
-            for i, (centre_x, centre_y) in reversed(list(enumerate(np.asarray(state.position)))):
-                disc = np.hypot(x - centre_x, y - centre_y) < everyone[i].size
-                frame[disc] = GREEN if i in goals else everyone[i].colour
-        return frames
+        frame: np.ndarray = np.full((PIXELS, PIXELS, 3), BACKGROUND, np.uint8)
+        for i, (centre_x, centre_y) in reversed(list(enumerate(position))):
+            disc = np.hypot(x - centre_x, y - centre_y) < everyone[i].size
+            frame[disc] = GREEN if i in goals else everyone[i].colour
+        return frame
+
+    def _draw_messages(self, message: np.ndarray, speakers: Sequence[int]) -> np.ndarray:
+        bars = np.array([(*self.task.agents[i].colour, x) for i in speakers for x in (*message[i], 0.0)])[:-1]
+        at = np.arange(PIXELS) * len(bars) // PIXELS  # which bar each column of pixels is in; a gap behind each speaker
+        apart = np.append(at[1:] != at[:-1], False)
+        filled = (STRIP - np.arange(STRIP) - 0.5)[:, None] < STRIP * bars[at, 3][None]
+        return np.where((filled & ~apart)[..., None], bars[at, :3][None], STRIP_COLOUR).astype(np.uint8)
 
 
 def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:

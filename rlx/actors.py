@@ -50,6 +50,12 @@ def make_actor(config: Any, spec: Spec) -> Actor:
     return Actor(init, distribution)
 
 
+def squashed_normal(out: jax.Array, min_std: float | jax.Array) -> TanhNormal:
+    """Of a network's output [..., 2 d]: means, then standard deviations softplus(x) + min_std."""
+    mean, raw_std = jnp.split(out.astype(jnp.float32), 2, axis=-1)
+    return TanhNormal(mean, jax.nn.softplus(raw_std) + min_std)
+
+
 def inverse_softplus(x: float | jax.Array) -> jax.Array:
     """log(exp(x) - 1) without its overflow."""
     return x + jnp.log(-jnp.expm1(-x))

@@ -21,7 +21,9 @@ class Options:
     from_run: Annotated[str, tyro.conf.arg(name="from")] = (
         ""  # run whose policy to start from (actor and observation statistics; the critic starts anew)
     )
-    data: tuple[str, ...] = ()  # data sets to learn from, FILE or FILE:SHARE each; sac and td3: see --algo.data-batch
+    data: tuple[
+        str, ...
+    ] = ()  # data sets to learn from, FILE or FILE:SHARE each; off-policy learners: see --algo.data-batch
     num_seeds: int = 1  # runs of the seeds SEED, SEED + 1, ... as one program, each with a folder in --run-dir
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False  # replace the run that --run-dir holds
     wandb: str = ""  # W&B project to log to as well; empty: none

@@ -49,10 +49,11 @@ def render(env: Environment, states: Sequence[EnvState]) -> Any:
 def random_action(spec: Spec, key: jax.Array) -> jax.Array:
     """A uniformly random action of one environment: [-1, 1]^d float32 or () int32, as `step` takes it.
 
-    Of several agents each takes one of the values that `spec.action_mask` allows it.
+    Of several agents each takes one of the values that `spec.action_mask` allows it; padding is 0.
     """
     if isinstance(spec.action, Discrete) and spec.action_mask is not None:
         return jax.random.categorical(key, jnp.where(spec.action_mask, 0.0, -jnp.inf)).astype(jnp.int32)
     if isinstance(spec.action, Discrete):
         return jax.random.randint(key, spec.action.shape, 0, spec.action.num_values)
-    return jax.random.uniform(key, spec.action.shape, minval=-1.0, maxval=1.0)
+    action = jax.random.uniform(key, spec.action.shape, minval=-1.0, maxval=1.0)
+    return action if spec.action_mask is None else jnp.where(spec.action_mask, action, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,20 +10,42 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rlx.agents import team_reward
 from rlx.algorithm import Algorithm, Key, Memory, Mode, Policy
 from rlx.environment import Environment
 from rlx.errors import require
-from rlx.rollout import inner_steps, team_reward, where_done
+from rlx.rollout import inner_steps, where_done
 from rlx.sharding import on_parts
-from rlx.types import PyTree
+from rlx.types import PyTree, TimeStep
 
 
 class EvalResult(NamedTuple):
-    """One entry an episode. The first N episodes to finish would favour short ones; these are N instances' first."""
+    """One entry an episode. The first E episodes to finish would favour short ones; these are E instances' first."""
 
-    returns: jax.Array  # [N] float32: undiscounted sums of raw rewards, over agents too
-    lengths: jax.Array  # [N] float32: inner steps
-    diverged: jax.Array | None = None  # [N] float32: 1 where the simulation failed; None if the environment cannot say
+    returns: jax.Array  # [E] float32: undiscounted sums of raw rewards, over agents too
+    lengths: jax.Array  # [E] float32: inner steps
+    diverged: jax.Array | None = None  # [E] float32: 1 where the simulation failed; None if the environment cannot say
+    agent_returns: jax.Array | None = None  # [E, N] float32: of each agent; None where they are not paid apart
+
+
+class Playing(NamedTuple):
+    """E episodes in the middle of an evaluation; leaves [E, ...] but for the first and the last."""
+
+    decisions: jax.Array  # () int32: taken so far
+    env: Any
+    obs: PyTree
+    memory: Memory
+    ended: jax.Array  # [E] bool
+    result: EvalResult  # so far
+    key: Key
+
+
+class Player(NamedTuple):
+    """An evaluation step by step; pure functions."""
+
+    begin: Callable[[Policy, Key], Playing]
+    advance: Callable[[Policy, Playing], Playing]  # by a decision of those that have not ended
+    running: Callable[[Playing], jax.Array]  # () bool: whether some have not
 
 
 def make_evaluate(
@@ -41,6 +64,22 @@ def make_evaluate(
     Raises:
         UserError: the environment has no time limit and `max_decisions` is 0.
     """
+    player = make_player(env, algorithm, num_episodes, mode, max_decisions, mesh)
+
+    def evaluate(policy: Policy, key: Key) -> EvalResult:
+        advance = functools.partial(player.advance, policy)
+        result = jax.lax.while_loop(player.running, advance, player.begin(policy, key)).result
+        return jax.tree.map(lambda x: x[:num_episodes], result)
+
+    return evaluate
+
+
+def make_player(
+    env: Environment, algorithm: Algorithm, num_episodes: int, mode: Mode, max_decisions: int, mesh: Mesh | None
+) -> Player:
+    """What `make_evaluate` does, a decision at a time. With a `mesh` there are as many episodes on every device, so at
+    times more than `num_episodes`: those behind are nobody's.
+    """
     limit = env.spec.episode_length
     require(
         bool(max_decisions or limit),
@@ -50,8 +89,7 @@ def make_evaluate(
     )
     reset_envs = on_parts(jax.vmap(lambda key: env.reset(key, env.spec.params)), mesh)
     step_envs = on_parts(jax.vmap(env.step), mesh)
-    asked = num_episodes
-    num_episodes += -asked % (mesh.size if mesh else 1)  # as many on every device; what was not asked for is left out
+    num_episodes += -num_episodes % (mesh.size if mesh else 1)
     decisions = max_decisions or -(-(limit or 0) // env.spec.action_repeat)
 
     def play(policy: Policy, key: Key, env_state: Any, obs: PyTree, memory: Memory):
@@ -60,29 +98,30 @@ def make_evaluate(
         env_state, timestep = step_envs(env_state, action, jax.random.split(step_key, num_episodes))
         return memory, env_state, timestep
 
-    def evaluate(policy: Policy, key: Key) -> EvalResult:
+    def measured(timestep: TimeStep) -> EvalResult:
+        apart = timestep.reward if timestep.reward.ndim > 1 else None
+        return EvalResult(team_reward(timestep), inner_steps(timestep), timestep.info.get("diverged"), apart)
+
+    def begin(policy: Policy, key: Key) -> Playing:
         reset_key, memory_key, run_key = jax.random.split(key, 3)
         env_state, obs = reset_envs(jax.random.split(reset_key, num_episodes))
         memory = jax.vmap(algorithm.memory)(jax.random.split(memory_key, num_episodes))
-        zeros = jnp.zeros(num_episodes, jnp.float32)
-        reports = "diverged" in jax.eval_shape(play, policy, run_key, env_state, obs, memory)[2].info
-        nothing = EvalResult(zeros, zeros, zeros if reports else None)
-        start = (jnp.zeros((), jnp.int32), env_state, obs, memory, jnp.zeros(num_episodes, bool), nothing)
+        timestep = jax.eval_shape(play, policy, run_key, env_state, obs, memory)[2]
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(measured, timestep))
+        never = jnp.zeros(num_episodes, bool)
+        return Playing(jnp.zeros((), jnp.int32), env_state, obs, memory, never, nothing, run_key)
 
-        def running(carry):
-            return (carry[0] < decisions) & ~carry[4].all()
+    def advance(policy: Policy, now: Playing) -> Playing:
+        key = jax.random.fold_in(now.key, now.decisions)
+        memory, env_state, timestep = play(policy, key, now.env, now.obs, now.memory)
+        # An ended instance keeps its last state: what lies behind an ending may not even be finite.
+        env_state, obs = where_done(now.ended, (now.env, now.obs), (env_state, timestep.final_obs))
+        total = jax.tree.map(jnp.add, now.result, measured(timestep))
+        result = where_done(now.ended, now.result, total)
+        ended = now.ended | timestep.terminated | timestep.truncated
+        return Playing(now.decisions + 1, env_state, obs, memory, ended, result, now.key)
 
-        def step(carry):
-            t, env_state, obs, memory, ended, result = carry
-            memory, new_state, timestep = play(policy, jax.random.fold_in(run_key, t), env_state, obs, memory)
-            # An ended instance keeps its last state: what lies behind an ending may not even be finite.
-            env_state, obs = where_done(ended, (env_state, obs), (new_state, timestep.final_obs))
-            diverged = timestep.info["diverged"] if reports else None
-            new = EvalResult(team_reward(timestep), inner_steps(timestep), diverged)
-            result = jax.tree.map(lambda total, x: jnp.where(ended, total, total + x), result, new)
-            return t + 1, env_state, obs, memory, ended | timestep.terminated | timestep.truncated, result
+    def running(now: Playing) -> jax.Array:
+        return (now.decisions < decisions) & ~now.ended.all()
 
-        *_, result = jax.lax.while_loop(running, step, start)
-        return jax.tree.map(lambda x: x[:asked], result)
-
-    return evaluate
+    return Player(begin, advance, running)

@@ -6,6 +6,8 @@ with statistics of what the environments have shown, those of data sets beside t
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,13 +15,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlx import normalize
+from rlx import agents, normalize
 from rlx.algorithm import Key, Plan
 from rlx.environment import random_action
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, activation, keep, select
 from rlx.replay import OBS_DTYPES, Batch, Draw, Replay, check_replay, make_replay, mix
-from rlx.types import Box, Metrics, PyTree, Spec, Transition
+from rlx.types import Box, Discrete, Metrics, PyTree, Spec, Transition
 
 
 class Critics(NamedTuple):
@@ -31,10 +33,13 @@ class Critics(NamedTuple):
 
 
 def make_critics(config: Any, spec: Spec) -> Critics:
-    """`num_critics` of them, of `critic_hidden`, with `layer_norm` or without, that read `critic_obs_key`."""
-    assert isinstance(spec.action, Box)
+    """`num_critics` of them, of `critic_hidden`, with `layer_norm` or without, that read `critic_obs_key`.
+
+    Their action [B, a] is, of several agents, all of theirs one behind the other, discrete ones one-hot.
+    """
     network = MLP(config.critic_hidden, 1, config.activation, layer_norm=config.layer_norm, dtype=DTYPES[config.dtype])
-    width = select(spec.obs, config.critic_obs_key).shape[0] + spec.action.shape[0]
+    values = spec.action.num_values if isinstance(spec.action, Discrete) else 1
+    width = select(spec.obs, config.critic_obs_key).shape[0] + values * math.prod(spec.action.shape)
 
     def init(key: Key) -> PyTree:
         keys = jax.random.split(key, config.num_critics)
@@ -79,15 +84,18 @@ class OffPolicy(NamedTuple):
     updates: int  # gradient steps an iteration
 
 
-def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = None) -> OffPolicy:
-    """`data`: out of which `data_batch` transitions of every batch come."""
+def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = None, apart: bool = False) -> OffPolicy:
+    """`data`: out of which `data_batch` transitions of every batch come. `apart`: rewards of a batch are [size, N],
+    each agent's own; else they are summed."""
     per_iteration = plan.num_envs * plan.unroll_length
     updates, gathering = updates_in(config, per_iteration), -(-config.prefill_steps // per_iteration)
     keys = (config.actor_obs_key, config.critic_obs_key)
-    spec = Spec(keep(spec.obs, *keys), spec.action)
+    spec = dataclasses.replace(spec, obs=keep(spec.obs, *keys))
     online = config.batch_size - config.data_batch
     gathering = gathering if online else 0
-    replay: Replay = make_replay(config.replay_size, (online, config.data_batch), plan, spec, config.replay_dtype)
+    paid = (spec.num_agents,) if apart else ()
+    sizes = (online, config.data_batch)
+    replay: Replay = make_replay(config.replay_size, sizes, plan, spec, config.replay_dtype, paid)
 
     def init(start: Explorer | None) -> Experience:
         statistics = normalize.init(spec.obs) if start is None else start.statistics
@@ -108,6 +116,10 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
         draws = jax.vmap(lambda key: random_action(spec, key))(jax.random.split(key, action.shape[0]))
         return jnp.where(explorer.random, draws, action)
 
+    def pay(reward: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Rewards [*shape] or [*shape, N] as they are learnt from."""
+        return jnp.broadcast_to(reward.reshape(*shape, -1), (*shape, *paid)) if apart else agents.team(reward, shape)
+
     def draw(experience: Experience, iteration: jax.Array, key: Key) -> Batch:
         """[batch_size, ...], observations as networks read them."""
         online_key, data_key = jax.random.split(key) if online and config.data_batch else (key, key)
@@ -118,6 +130,7 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
             assert data is not None, "data_batch without a data set"
             size, of_groups = config.data_batch // replay.num_groups, jax.random.split(data_key, replay.num_groups)
             of_data = jax.vmap(lambda key: data(key, size, config.n_step, config.gamma))(of_groups)
+            of_data = of_data._replace(reward=pay(of_data.reward, of_data.discount.shape))
             parts.append(of_data._replace(obs=keep(of_data.obs, *keys), next_obs=keep(of_data.next_obs, *keys)))
         batch = mix(parts)
         obs, next_obs = (observe(experience.statistics, x) for x in (batch.obs, batch.next_obs))
@@ -136,11 +149,13 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
         `count`: () int32, gradient steps before this one in the iteration. Metrics are means, and 0 while there is
         nothing but gathering. The statistics of observations come first: no gradient step is taken without any.
         """
-        chex.assert_shape(trajectory.reward, (plan.unroll_length, plan.num_envs))
+        shape = (plan.unroll_length, plan.num_envs)
+        chex.assert_shape([trajectory.terminated, trajectory.truncated], shape)
         chex.assert_type([trajectory.terminated, trajectory.truncated], bool)
         chex.assert_type(trajectory.reward, jnp.float32)
         obs = keep(trajectory.obs, *keys)
-        trajectory = trajectory._replace(obs=obs, next_obs=keep(trajectory.next_obs, *keys))
+        reward = pay(trajectory.reward, shape)
+        trajectory = trajectory._replace(obs=obs, reward=reward, next_obs=keep(trajectory.next_obs, *keys))
         if config.normalize_obs:
             experience = experience._replace(statistics=normalize.update(experience.statistics, obs))
         if online:
@@ -164,6 +179,32 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
     return OffPolicy(init, observe, explore, update, explorer, updates)
 
 
+def noisy(action: jax.Array, std: float | jax.Array, key: Key, clip: float | jax.Array = math.inf) -> jax.Array:
+    """An action in [-1, 1] with normal noise, of at most `clip`, added; inside of that box again."""
+    noise = std * jax.random.normal(key, action.shape, jnp.float32)
+    return jnp.clip(action + jnp.clip(noise, -clip, clip), -1.0, 1.0)
+
+
+def turn(delay: int, experience: OffPolicy, iteration: jax.Array, count: jax.Array) -> jax.Array:
+    """() int32, 0 on every `delay`-th gradient step of the run, of which `count` were before in this iteration."""
+    before = iteration % delay * experience.updates  # gradient steps, but for whole turns
+    return (before + count + 1) % delay
+
+
+def delayed(
+    delay: int, turn: jax.Array, step: Callable[..., tuple[Any, Metrics]], carry: Any, *inputs: Any
+) -> tuple[Any, Metrics]:
+    """`step(carry, *inputs) -> (carry, metrics)` on turn 0, else nothing. Of the mean of its metrics over all gradient
+    steps, those of its own are left: on others they are 0."""
+
+    def skipped(carry: Any, *inputs: Any) -> tuple[Any, Metrics]:
+        metrics = jax.eval_shape(step, carry, *inputs)[1]
+        return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+
+    carry, metrics = jax.lax.cond(turn == 0, step, skipped, carry, *inputs)
+    return carry, {name: value * delay for name, value in metrics.items()}
+
+
 def updates_in(config: Any, decisions: int) -> int:
     """Gradient steps for so many decisions, to the nearest whole one."""
     updates, each = config.utd_ratio
@@ -175,13 +216,19 @@ def uses_data(config: Any) -> str:
     return "" if not config.data_batch else "beside" if config.data_batch < config.batch_size else "alone"
 
 
-def check(config: Any, spec: Spec, plan: Plan, name: str) -> None:
-    """Raises UserError for settings, shared by off-policy learners, that cannot work; `name` is the algorithm's."""
-    require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", f"{name} trains a single agent")
-    shape = spec.action.shape if isinstance(spec.action, Box) else ()
-    require(isinstance(spec.action, Box), "env", spec.action, f"{name} needs continuous actions")
-    require(len(shape) == 1, "env", f"actions of shape {shape}", f"{name} gives vectors")
-    for key in (config.actor_obs_key, config.critic_obs_key):
+def check(config: Any, spec: Spec, plan: Plan, name: str, several: bool = False, apart: bool = False) -> None:
+    """Raises UserError for settings, shared by off-policy learners, that cannot work; `name` is the algorithm's.
+
+    `several`: it trains several agents, with discrete actions too. `apart` as in `make_off_policy`.
+    """
+    if several:
+        agents.check(spec, config.actor_obs_key, name)
+    else:
+        require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", f"{name} trains a single agent")
+        require(isinstance(spec.action, Box), "env", spec.action, f"{name} needs continuous actions")
+        shape = spec.action.shape
+        require(len(shape) == 1, "env", f"actions of shape {shape}", f"{name} gives vectors")
+    for key in (config.critic_obs_key,) if several else (config.actor_obs_key, config.critic_obs_key):
         shape = select(spec.obs, key).shape
         require(len(shape) == 1, "env", f"observations of shape {shape}", f"{name} reads vectors")
     for field in ("gamma", "tau"):
@@ -213,4 +260,12 @@ def check(config: Any, spec: Spec, plan: Plan, name: str) -> None:
     require(enough, "algo.prefill_steps", config.prefill_steps, allowed)
     sizes = (config.batch_size - part, part)
     kept = Spec(keep(spec.obs, config.actor_obs_key, config.critic_obs_key), spec.action)
-    check_replay(plan, kept, config.replay_size, sizes, config.replay_dtype)
+    paid = (spec.num_agents,) if apart else ()
+    check_replay(plan, kept, config.replay_size, sizes, config.replay_dtype, paid)
+
+
+def check_noise(config: Any) -> None:
+    """Raises UserError for settings of deterministic actors that cannot work."""
+    require(config.policy_delay >= 1, "algo.policy_delay", config.policy_delay, "at least 1")
+    for name in ("exploration_noise", "target_noise", "noise_clip"):
+        require(getattr(config, name) >= 0, f"algo.{name}", getattr(config, name), "at least 0")

@@ -54,13 +54,30 @@ class Batch(NamedTuple):
     targets: jax.Array
 
 
+class Learnt(NamedTuple):
+    """What gradient steps change."""
+
+    params: dict[str, PyTree]
+    optimizer: optax.OptState
+    learning_rate: jax.Array
+
+
 Values = Callable[[PyTree, Transition], tuple[jax.Array, jax.Array]]  # (params, trajectory): of obs and of next_obs
 # (params, minibatch, key) -> what is minimised but for the value error; values; metrics with "kl", "ratio_deviation"
 Objective = Callable[[PyTree, Batch, Key], tuple[jax.Array, jax.Array, Metrics]]
+# (before, batch, what anneals the rate, key) -> after, metrics: all gradient steps of an iteration
+Learn = Callable[[Learnt, Batch, jax.Array, Key], tuple[Learnt, Metrics]]
+# (state, trajectory, iteration, key) -> (state, metrics)
+Update = Callable[[OnPolicyState, Transition, jax.Array, Key], tuple[OnPolicyState, Metrics]]
 
 
 def init(
-    config: Any, spec: Spec, plan: Plan, params: dict[str, PyTree], optimizer: optax.GradientTransformation, policy: Any
+    config: Any,
+    spec: Spec,
+    plan: Plan,
+    params: dict[str, PyTree],
+    init_optimizer: Callable[[PyTree], optax.OptState],
+    policy: Any,
 ) -> OnPolicyState:
     """The state of fresh `params`, those of `policy` and its statistics in their place if there is one."""
     statistics = normalize.init(spec.obs)
@@ -72,7 +89,7 @@ def init(
     if config.normalize_reward:
         sums = jnp.zeros(plan.num_envs, jnp.float32)
         scale = RewardScale(Discounted(sums), normalize.init(jax.ShapeDtypeStruct((), jnp.float32)))
-    return OnPolicyState(params, optimizer.init(params), statistics, rate, scale)
+    return OnPolicyState(params, init_optimizer(params), statistics, rate, scale)
 
 
 def scale_rewards(
@@ -97,6 +114,62 @@ def observe(config: Any, statistics: normalize.RunningStatistics, obs: PyTree) -
     return normalize.normalize(statistics, obs, clip=10.0) if config.normalize_obs else obs
 
 
+def make_estimate(config: Any, values: Values) -> Callable[[PyTree, Transition], Batch]:
+    """(params, trajectory whose observations are normalised) -> values, advantages and value targets.
+
+    Where `values` has one for each of several agents, [T, B, N], so have advantages and targets, of one reward.
+    """
+
+    def estimate(params: PyTree, trajectory: Transition) -> Batch:
+        of_obs, of_next = values(params, trajectory)
+        columns = gae
+        for _ in of_obs.shape[1:]:
+            columns = jax.vmap(columns, in_axes=(1, 1, 1, 1, 1, None, None), out_axes=1)
+
+        def of_all(x: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(x.reshape(x.shape + (1,) * (of_obs.ndim - x.ndim)), of_obs.shape)
+
+        advantages, targets = columns(
+            of_all(trajectory.reward * config.reward_scale),
+            of_obs,
+            of_next,
+            of_all(trajectory.terminated),
+            of_all(trajectory.truncated),
+            config.gamma,
+            config.gae_lambda,
+        )
+        return Batch(trajectory, of_obs, advantages, targets)
+
+    return estimate
+
+
+def normalized(config: Any, advantages: jax.Array) -> jax.Array:
+    """Those of a minibatch [T, B] with mean 0 and std 1, of several agents [T, B, N] each by itself; or as they are."""
+    if not config.normalize_advantage:
+        return advantages
+    mean, std = (f(advantages, axis=(0, 1), keepdims=True) for f in (jnp.mean, jnp.std))
+    return (advantages - mean) / (std + 1e-8)
+
+
+def squared_error(predicted: jax.Array, batch: Any, clip_eps: float | jax.Array | None = None) -> jax.Array:
+    """(V - target)^2, elementwise; with `clip_eps` the larger of it and that of V clipped to so near its old value."""
+    error = (predicted - batch.targets) ** 2
+    if clip_eps is None:
+        return error
+    near = batch.values + jnp.clip(predicted - batch.values, -clip_eps, clip_eps)
+    return jnp.maximum(error, (near - batch.targets) ** 2)
+
+
+def adapted(config: Any, learning_rate: jax.Array, kl: jax.Array) -> jax.Array:
+    """With `adaptive_lr` the rate raised or lowered after a minibatch that the policy came to by `kl`."""
+    if not config.adaptive_lr:
+        return learning_rate
+    lower = jnp.where(kl > 2 * config.target_kl, learning_rate / 1.5, learning_rate)
+    # The first minibatch's KL is 0 whatever the rate: it tells nothing.
+    rate = jnp.where((kl > 0) & (kl < config.target_kl / 2), learning_rate * 1.5, lower)
+    return jnp.clip(rate, *RATES)
+
+
 def make_update(
     config: Any,
     plan: Plan,
@@ -110,51 +183,62 @@ def make_update(
     normalize_first: bool = False,
     gae_per_minibatch: bool = False,
     clip_value: bool = False,
-) -> Callable[[OnPolicyState, Transition, jax.Array, Key], tuple[OnPolicyState, Metrics]]:
-    """(state, trajectory, iteration, key) -> (state, metrics): advantages, then epochs of gradient steps on
-    objective + value_coef * 1/2 E[(V - target)^2].
+) -> Update:
+    """Advantages, then epochs of gradient steps on objective + value_coef * 1/2 E[(V - target)^2].
 
     `prepare`: what minibatches are made of, if not the trajectory: (params before the update, batch, key) -> batch.
     `stop_kl`: nats after which nothing is learnt from this trajectory any more. `segments`: minibatches hold whole
     columns. The rest: see PPO's Config.
     """
-
-    def estimate(params: PyTree, trajectory: Transition) -> Batch:
-        """Values, advantages and value targets of a trajectory whose observations are normalised."""
-        of_obs, of_next = values(params, trajectory)
-        advantages, targets = jax.vmap(gae, in_axes=(1, 1, 1, 1, 1, None, None), out_axes=1)(
-            trajectory.reward * config.reward_scale,
-            of_obs,
-            of_next,
-            trajectory.terminated,
-            trajectory.truncated,
-            config.gamma,
-            config.gae_lambda,
-        )
-        return Batch(trajectory, of_obs, advantages, targets)
+    estimate = make_estimate(config, values)
 
     def loss(params: PyTree, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         if gae_per_minibatch:
             current = jax.lax.stop_gradient(estimate(params, batch.transition))
             batch = current._replace(values=batch.values)
-        if config.normalize_advantage:
-            advantages = batch.advantages
-            batch = batch._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
+        batch = batch._replace(advantages=normalized(config, batch.advantages))
         minimised, predicted, metrics = objective(params, batch, key)
-        error = (predicted - batch.targets) ** 2
-        if clip_value:
-            near = batch.values + jnp.clip(predicted - batch.values, -config.clip_eps, config.clip_eps)
-            error = jnp.maximum(error, (near - batch.targets) ** 2)
-        value_loss = 0.5 * error.mean()
+        value_loss = 0.5 * squared_error(predicted, batch, config.clip_eps if clip_value else None).mean()
         return minimised + config.value_coef * value_loss, {**metrics, "value_loss": value_loss}
 
-    def adapted(learning_rate: jax.Array, kl: jax.Array) -> jax.Array:
-        if not config.adaptive_lr:
-            return learning_rate
-        lower = jnp.where(kl > 2 * config.target_kl, learning_rate / 1.5, learning_rate)
-        # The first minibatch's KL is 0 whatever the rate: it tells nothing.
-        rate = jnp.where((kl > 0) & (kl < config.target_kl / 2), learning_rate * 1.5, lower)
-        return jnp.clip(rate, *RATES)
+    def learn(learnt: Learnt, batch: Batch, anneal: jax.Array, key: Key) -> tuple[Learnt, Metrics]:
+        if prepare is not None:
+            prepare_key, key = jax.random.split(key)
+            batch = prepare(learnt.params, batch, prepare_key)
+
+        def improve(carry: Learnt, batch: Batch, key: Key):
+            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(carry.params, batch, key)
+            learning_rate = adapted(config, carry.learning_rate, metrics["kl"])
+            rate = anneal * learning_rate
+            rates = {name: rate for name in carry.params} | {"critic": config.critic_lr_scale * rate}
+            params, opt_state = descend(optimizer, rates, carry.params, carry.optimizer, grads)
+            return Learnt(params, opt_state, learning_rate), {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+        def improve_until(carry: Any, batch: Batch, key: Key):
+            before, stopped = carry
+            after, metrics = improve(before, batch, key)
+            after = jax.tree.map(lambda new, old: jnp.where(stopped, old, new), after, before)
+            return (after, stopped | (metrics["kl"] > stop_kl)), {**metrics, "stopped": stopped.astype(jnp.float32)}
+
+        start: Any = learnt
+        step, carry = (improve, start) if stop_kl is None else (improve_until, (start, jnp.zeros((), bool)))
+        sizes = (config.num_epochs, config.num_minibatches, segments, plan.num_groups)
+        carry, metrics = scan_minibatches(step, carry, batch, key, *sizes)
+        first_ratio = metrics.pop("ratio_deviation")[0, 0]
+        metrics = jax.tree.map(jnp.mean, metrics) | {"first_ratio_deviation": first_ratio}
+        return carry if stop_kl is None else carry[0], metrics
+
+    return around(config, plan, estimate, learn, normalize_first)
+
+
+def around(
+    config: Any,
+    plan: Plan,
+    estimate: Callable[[PyTree, Transition], Batch],
+    learn: Learn,
+    normalize_first: bool = False,
+) -> Update:
+    """What comes before and after `learn`: rewards scaled, observations normalised, advantages; the new statistics."""
 
     def update(state: OnPolicyState, trajectory: Transition, iteration: jax.Array, key: Key):
         chex.assert_shape(trajectory.reward, (plan.unroll_length, plan.num_envs))
@@ -170,38 +254,10 @@ def make_update(
         obs, next_obs = (observe(config, statistics, x) for x in (trajectory.obs, trajectory.next_obs))
         batch = estimate(state.params, trajectory._replace(obs=obs, next_obs=next_obs))
         explained = 1 - (batch.targets - batch.values).var() / (batch.targets.var() + 1e-8)
-        if prepare is not None:
-            prepare_key, key = jax.random.split(key)
-            batch = prepare(state.params, batch, prepare_key)
         anneal = 1 - iteration / plan.num_iterations if config.anneal_lr else jnp.ones((), jnp.float32)
-
-        def improve(carry: Any, batch: Batch, key: Key):
-            params, opt_state, learning_rate = carry
-            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-            learning_rate = adapted(learning_rate, metrics["kl"])
-            rate = anneal * learning_rate
-            rates = {name: rate for name in params} | {"critic": config.critic_lr_scale * rate}
-            params, opt_state = descend(optimizer, rates, params, opt_state, grads)
-            return (params, opt_state, learning_rate), {**metrics, "grad_norm": optax.tree.norm(grads)}
-
-        def improve_until(carry: Any, batch: Batch, key: Key):
-            before, stopped = carry
-            after, metrics = improve(before, batch, key)
-            after = jax.tree.map(lambda new, old: jnp.where(stopped, old, new), after, before)
-            return (after, stopped | (metrics["kl"] > stop_kl)), {**metrics, "stopped": stopped.astype(jnp.float32)}
-
-        learnt: Any = (state.params, state.optimizer, state.learning_rate)
-        step, carry = (improve, learnt) if stop_kl is None else (improve_until, (learnt, jnp.zeros((), bool)))
-        sizes = (config.num_epochs, config.num_minibatches, segments, plan.num_groups)
-        carry, metrics = scan_minibatches(step, carry, batch, key, *sizes)
-        params, opt_state, learning_rate = carry if stop_kl is None else carry[0]
-        first_ratio = metrics.pop("ratio_deviation")[0, 0]
-        metrics = jax.tree.map(jnp.mean, metrics) | {
-            "first_ratio_deviation": first_ratio,
-            "learning_rate": anneal * learning_rate,
-            "explained_variance": explained,
-        }
-        return OnPolicyState(params, opt_state, updated, learning_rate, scale), metrics
+        learnt, metrics = learn(Learnt(state.params, state.optimizer, state.learning_rate), batch, anneal, key)
+        metrics = {**metrics, "learning_rate": anneal * learnt.learning_rate, "explained_variance": explained}
+        return OnPolicyState(learnt.params, learnt.optimizer, updated, learnt.learning_rate, scale), metrics
 
     return update
 
@@ -212,21 +268,26 @@ def clipped_surrogate(ratio: jax.Array, advantages: jax.Array, clip_eps: float |
 
 
 def check(config: Any, spec: Spec, plan: Plan, name: str, segments: bool = False, of: str = "num_envs") -> None:
-    """Raises UserError for settings, shared by on-policy learners, that cannot work; `name` is the algorithm's. `of`:
-    what `plan.num_envs` counts."""
+    """Raises UserError for settings, shared by on-policy learners of a single agent, that cannot work; `name` is the
+    algorithm's. `of`: what `plan.num_envs` counts."""
     require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", f"{name} trains a single agent")
-    for field in ("gamma", "gae_lambda"):
-        require(0 <= getattr(config, field) <= 1, f"algo.{field}", getattr(config, field), "between 0 and 1")
-    for field in ("learning_rate", "critic_lr_scale", "clip_eps", "max_grad_norm", "target_kl"):
-        require(getattr(config, field) > 0, f"algo.{field}", getattr(config, field), "above 0")
-    require(config.num_epochs >= 1, "algo.num_epochs", config.num_epochs, "at least 1")
-    require(config.value_coef >= 0, "algo.value_coef", config.value_coef, "at least 0")
+    check_settings(config, plan, segments, of)
     for obs_key in (config.actor_obs_key, config.critic_obs_key):
         shape = select(spec.obs, obs_key).shape
         require(len(shape) == 1, "env", f"observations of shape {shape}", f"{name} reads vectors")
     if isinstance(spec.action, Box):
         shape = spec.action.shape
         require(len(shape) == 1, "env", f"actions of shape {shape}", f"{name} gives vectors")
+
+
+def check_settings(config: Any, plan: Plan, segments: bool = False, of: str = "num_envs") -> None:
+    """As `check`, whatever the environment."""
+    for field in ("gamma", "gae_lambda"):
+        require(0 <= getattr(config, field) <= 1, f"algo.{field}", getattr(config, field), "between 0 and 1")
+    for field in ("learning_rate", "critic_lr_scale", "clip_eps", "max_grad_norm", "target_kl"):
+        require(getattr(config, field) > 0, f"algo.{field}", getattr(config, field), "above 0")
+    require(config.num_epochs >= 1, "algo.num_epochs", config.num_epochs, "at least 1")
+    require(config.value_coef >= 0, "algo.value_coef", config.value_coef, "at least 0")
     for field in ("actor_hidden", "critic_hidden"):
         widths = getattr(config, field)
         require(all(width >= 1 for width in widths), f"algo.{field}", widths, "widths of at least 1")

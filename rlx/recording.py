@@ -170,6 +170,9 @@ class Recorder:
         self._row |= {"eval/return": mean, "eval/return_std": std, "eval/length": float(lengths.mean())}
         if result.diverged is not None:
             self._row["eval/diverged"] = float(np.mean(result.diverged))
+        if result.agent_returns is not None:
+            means = np.asarray(result.agent_returns).mean(axis=0)
+            self._row |= {f"eval/return_agent_{i}": float(mean) for i, mean in enumerate(means)}
 
     def write(self, iteration: int) -> dict[str, float]:
         """Sends the row to every writer and to the progress display. The first one holds the seconds of the start."""
@@ -198,8 +201,9 @@ class Recorder:
         return iteration * self._steps_per_iteration
 
 
-def episodes(result: EvalResult) -> dict[str, list[float]]:
-    """What eval.json holds of an evaluation, one entry an episode; `diverged` only where the environment tells."""
+def episodes(result: EvalResult) -> dict[str, list[Any]]:
+    """What eval.json holds of an evaluation, one entry an episode; `diverged` only where the environment tells,
+    `agent_returns`, a list an episode, only where it pays its agents apart."""
     return {name: np.asarray(value).tolist() for name, value in result._asdict().items() if value is not None}
 
 

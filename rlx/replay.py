@@ -44,7 +44,7 @@ class Rows(NamedTuple):
 
     obs: PyTree
     action: jax.Array
-    reward: jax.Array
+    reward: jax.Array  # [G, C, B/G], or [G, C, B/G, N] of agents that are paid apart
     terminated: jax.Array
     truncated: jax.Array
     next_obs: PyTree
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
     obs: PyTree
     action: jax.Array
-    reward: jax.Array  # of up to n steps, discounted
+    reward: jax.Array  # of up to n steps, discounted; [size, N] of agents that are paid apart
     discount: jax.Array  # gamma^k, 0 where the k-th step terminated
     next_obs: PyTree  # the true successor of the k-th step
 
@@ -73,11 +73,19 @@ class Replay(NamedTuple):
     num_groups: int  # G
 
 
-def make_replay(size: int, batch_sizes: Sequence[int], plan: Plan, spec: Spec, obs_dtype: str = "float32") -> Replay:
+def make_replay(
+    size: int,
+    batch_sizes: Sequence[int],
+    plan: Plan,
+    spec: Spec,
+    obs_dtype: str = "float32",
+    reward_shape: tuple[int, ...] = (),
+) -> Replay:
     """A ring of at least `size` transitions.
 
     `batch_sizes`: what will be drawn at a time, each a whole number from every group. `obs_dtype`: how floating-point
     observations are stored: float32, bfloat16 (three digits), uint8 (rounded to whole numbers from 0 to 255).
+    `reward_shape`: (N,) for agents that are paid apart.
     """
     num_unrolls = max(1, -(-size // (plan.num_envs * plan.unroll_length)))
     num_rows, groups = num_unrolls * plan.unroll_length, math.gcd(plan.num_groups, plan.num_envs, *batch_sizes)
@@ -88,13 +96,13 @@ def make_replay(size: int, batch_sizes: Sequence[int], plan: Plan, spec: Spec, o
             stored = dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
             return jnp.zeros((groups, num_rows, plan.num_envs // groups, *x.shape), stored)
 
-        def scalars(kind: type) -> jax.Array:
-            return jnp.zeros((groups, num_rows, plan.num_envs // groups), kind)
+        def column(kind: type, *shape: int) -> jax.Array:
+            return jnp.zeros((groups, num_rows, plan.num_envs // groups, *shape), kind)
 
-        kind = jnp.int32 if isinstance(spec.action, Discrete) else jnp.float32
-        actions = jnp.zeros((groups, num_rows, plan.num_envs // groups, *spec.action.shape), kind)
+        actions = column(jnp.int32 if isinstance(spec.action, Discrete) else jnp.float32, *spec.action.shape)
         obs, next_obs = jax.tree.map(zeros, spec.obs), jax.tree.map(zeros, spec.obs)
-        return Rows(obs, actions, scalars(jnp.float32), scalars(jnp.bool_), scalars(jnp.bool_), next_obs)
+        rewards = column(jnp.float32, *reward_shape)
+        return Rows(obs, actions, rewards, column(jnp.bool_), column(jnp.bool_), next_obs)
 
     def insert(rows: Rows, trajectory: Transition, iteration: jax.Array) -> Rows:
         position = iteration % num_unrolls * plan.unroll_length
@@ -154,10 +162,17 @@ def _windows(
     return jax.vmap(window)(row, env)
 
 
-def check_replay(plan: Plan, spec: Spec, size: int, batch_sizes: Sequence[int], obs_dtype: str) -> None:
+def check_replay(
+    plan: Plan,
+    spec: Spec,
+    size: int,
+    batch_sizes: Sequence[int],
+    obs_dtype: str,
+    reward_shape: tuple[int, ...] = (),
+) -> None:
     """Raises UserError for sizes that cannot be, or that do not fit a device, with the largest that does."""
     require(size >= 1, "algo.replay_size", size, "at least 1")
-    replay = make_replay(size, batch_sizes, plan, spec, obs_dtype)
+    replay = make_replay(size, batch_sizes, plan, spec, obs_dtype, reward_shape)
     allowed = (
         f"{plan.num_devices} devices need whole groups, and of num_groups = {plan.num_groups} it leaves "
         f"{replay.num_groups}; a multiple of {plan.num_groups} would do"

@@ -128,13 +128,18 @@ def n_step_window(
 
     For a critic that is to be asked once for each window of `n` steps; `n_step_returns` has all targets of a stream.
 
+    Args:
+      rewards: [n] float32, or [n, N] of agents that are paid apart.
+
     Returns:
-      reward () float32, discount () float32, last () int32.
+      reward () or [N] float32, discount () float32, last () int32.
     """
-    _check([rewards], [terminated, truncated], [gamma])
+    chex.assert_rank(rewards, {1, 2})
+    _check([rewards.reshape(len(rewards), -1)[:, 0]], [terminated, truncated], [gamma])
     ended = jnp.cumsum((terminated | truncated).astype(jnp.int32))
     reached = jnp.append(jnp.ones(1, bool), ended[:-1] == 0)
     powers = jnp.power(jnp.asarray(gamma, jnp.float32), jnp.arange(rewards.shape[0] + 1))
     last = reached.sum(dtype=jnp.int32) - 1
-    reward = jnp.where(reached, powers[:-1] * rewards, 0.0).sum()
+    of_each, weights = (x.reshape(-1, *(1,) * (rewards.ndim - 1)) for x in (reached, powers[:-1]))
+    reward = jnp.where(of_each, weights * rewards, 0.0).sum(axis=0)
     return reward, jnp.where(terminated[last], 0.0, powers[last + 1]), last

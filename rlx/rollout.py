@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rlx.agents import team_reward
 from rlx.algorithm import Algorithm, Key, Memory, Plan, Policy, Source
 from rlx.environment import Environment
 from rlx.sharding import on_all, on_parts, per_env
@@ -61,11 +62,6 @@ def where_done(done: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
 def inner_steps(timestep: TimeStep) -> jax.Array:
     """Inner steps that each decision took, float32: what an action repeat reports in `info`, else 1."""
     return timestep.info.get("steps", jnp.ones_like(timestep.terminated, jnp.float32))
-
-
-def team_reward(timestep: TimeStep) -> jax.Array:
-    """[B] float32: the reward, summed over agents where they are paid apart ([B, N])."""
-    return timestep.reward.reshape(timestep.terminated.shape + (-1,)).sum(axis=-1)
 
 
 def nonfinite_envs(tree: PyTree, name: str) -> dict[str, jax.Array]:

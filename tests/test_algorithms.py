@@ -28,11 +28,15 @@ WORLDS = {
     "continuous": Counter(5, action=Box((2,), low=(-3.0, -1.0), high=(3.0, 0.5))),
     "discrete": Counter(5, "terminated", action=Discrete(3)),
     "asymmetric": Counter(5, asymmetric=True),
+    "team": envs.make("particle/simple_speaker_listener"),
+    "discrete team": envs.make("matrix/penalty"),
 }
+TEAMS = ("hasac", "maddpg", "mappo")  # who train several agents
+USUAL = {name: "team" if name in TEAMS else "continuous" for name in ALGORITHMS}
 OFF_POLICY = {"batch_size": 16, "utd_ratio": (3, 64), "replay_size": 200, "prefill_steps": 64}
 OFF_POLICY |= {"actor_hidden": (16,), "critic_hidden": (16,)}
 GENERATIVE = {"actor_hidden": (16,), "critic_hidden": (16,)}
-SETTINGS = {"sac": OFF_POLICY, "td3": OFF_POLICY}
+SETTINGS = {name: OFF_POLICY for name in ("sac", "td3", "hasac", "maddpg")}
 SETTINGS |= {
     "fpo": GENERATIVE | {"num_flow_steps": 3},
     "dppo": GENERATIVE | {"num_denoising_steps": 3},
@@ -82,7 +86,7 @@ COSTLY = [(name, "continuous") for name in OF_EACH_KIND]  # those that costly te
 every = pytest.mark.parametrize(
     ("name", "world"),
     [
-        pytest.param(name, world, marks=[pytest.mark.slow] * (name not in OF_EACH_KIND and world != "continuous"))
+        pytest.param(name, world, marks=[pytest.mark.slow] * (name not in OF_EACH_KIND and world != USUAL[name]))
         for name, world in PAIRS
     ],
 )
@@ -134,7 +138,7 @@ def test_actions_are_what_the_spec_says(name, world, mode):
     )
     assert jax.tree.map(jax.typeof, memory) == jax.tree.map(jax.typeof, state.source.episodes.memory)
     if isinstance(spec.action, Discrete):
-        assert action.dtype == jnp.int32 and action.shape == (PLAN.num_envs,)
+        assert action.dtype == jnp.int32 and action.shape == (PLAN.num_envs, *spec.action.shape)
         assert ((action >= 0) & (action < spec.action.num_values)).all()
     else:
         assert action.dtype == jnp.float32 and action.shape == (PLAN.num_envs, *spec.action.shape)

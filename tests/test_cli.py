@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rlx import cli
 from rlx.algorithms import ppo
@@ -85,7 +86,7 @@ assert not loaded & {"jax", "brax", "gymnax", "mujoco_playground", "tyro", "rich
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "playground/CheetahRun" in done.stdout.split()
-    assert "Did you mean playground/CheetahRun" in done.stderr and "Did you mean ppo or dppo?" in done.stderr
+    assert "Did you mean playground/CheetahRun" in done.stderr and "Did you mean ppo or dppo or mappo?" in done.stderr
 
 
 def test_a_folder_called_envs_in_the_working_directory_hides_nothing(tmp_path):
@@ -120,6 +121,13 @@ def test_a_folder_called_envs_in_the_working_directory_hides_nothing(tmp_path):
         (["train", "my_algo.py", "my_env.py:Counter", "--from", "nowhere"], "nowhere"),
         (["resume", "nowhere"], "does not exist"),
         (["evaluate", "nowhere", "--episodes", "0"], "--episodes = 0 is not possible"),
+        (
+            ["evaluate", "nowhere", "--video", "a.mp4"],
+            "--video = 'a.mp4' is not possible: it ends in .gif, .png, .webp",
+        ),
+        (["evaluate", "nowhere", "--video", "no/a.gif"], "no/a.gif' is not possible: the folder does not exist"),
+        (["evaluate", "nowhere", "--video", "a.gif", "--video-episodes", "129"], "from 1 to the 128 episodes"),
+        (["evaluate", "nowhere", "--video", "a.gif", "--fps", "0"], "--fps = 0.0 is not possible"),
         (["evaluate"], "required: run_dir"),
         (["collect", "nowhere", "--steps", "5", "--out", "a.npz"], "nowhere' does not exist"),
         (["collect", "nowhere", "--steps", "5", "--out", "a.txt"], "is an .npz file; 'a.txt' is none"),
@@ -351,6 +359,38 @@ def test_evaluations_tell_of_simulations_that_diverged(pair, capsys):
     out = run(capsys, "evaluate", "a", "--episodes", "32")[1]
     lost = sum(json.loads(Path("a/eval.json").read_text())["diverged"])
     assert 0 < lost < 32 and f"32 episodes, of which {lost:.0f} ended early because their simulation diverged" in out
+
+
+PAID_APART = """
+import jax.numpy as jnp
+import numpy as np
+from tests.worlds import Counter
+
+class PaidApart(Counter):
+    def step(self, state, action, key):
+        state, timestep = super().step(state, action, key)
+        return state, timestep._replace(reward=timestep.reward * jnp.array([1.0, 2.0]))
+
+    def render(self, states):
+        return np.stack([np.full((2, 2, 3), 40 * state.t, np.uint8) for state in states])
+"""
+
+
+def test_returns_of_agents_are_told_and_episodes_are_drawn(pair, capsys):
+    Path("apart.py").write_text(PAID_APART)
+    arguments = [pair[0], "apart.py:PaidApart", *TINY, "--run-dir", "a", "--quiet"]
+    status, _, err = run(capsys, "train", *arguments)
+    assert status == 0, err
+    assert json.loads(Path("a/eval.json").read_text())["agent_returns"][0] == [6.0, 12.0]
+    last = json.loads(Path("a/metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["eval/return"], last["eval/return_agent_0"], last["eval/return_agent_1"]) == (18.0, 6.0, 12.0)
+    arguments = ["--episodes", "5", "--video", "a.gif", "--video-episodes", "2", "--fps", "10"]
+    status, out, err = run(capsys, "evaluate", "a", *arguments)
+    assert status == 0, err
+    mean = "step 64: mean return 18, standard deviation 0, 5 episodes; of each agent 6, 12"
+    assert out.splitlines() == [mean, "a.gif"]
+    with Image.open("a.gif") as video:
+        assert video.n_frames == 2 * 4 and video.info["duration"] == 100
 
 
 def test_a_module_of_the_working_directory_serves_too(pair, capsys):

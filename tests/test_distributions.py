@@ -9,7 +9,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from rlx.distributions import Categorical, Normal, TanhNormal, log_det_tanh
+from rlx.distributions import Categorical, Normal, OneHotCategorical, TanhNormal, log_det_tanh, straight_through
 
 MEAN = jnp.array([[0.3, -1.2, 2.0], [0.0, 0.5, -0.7]], jnp.float32)
 STD = jnp.array([[0.5, 1.5, 0.1], [1.0, 0.3, 2.0]], jnp.float32)
@@ -24,10 +24,15 @@ def examples():
         "Normal": (Normal(MEAN, STD), Normal(MEAN + 0.3, 1.7 * STD), MEAN - 0.5),
         "TanhNormal": (TanhNormal(MEAN, STD), TanhNormal(MEAN + 0.3, 1.7 * STD), MEAN - 0.5),
         "Categorical": (Categorical(LOGITS), Categorical(LOGITS[:, ::-1]), jnp.array([2, 0], jnp.int32)),
+        "OneHotCategorical": (
+            OneHotCategorical(LOGITS),
+            OneHotCategorical(LOGITS[:, ::-1]),
+            jnp.eye(4)[jnp.array([2, 0])],
+        ),
     }
 
 
-@pytest.fixture(params=["Normal", "TanhNormal", "Categorical"])
+@pytest.fixture(params=["Normal", "TanhNormal", "Categorical", "OneHotCategorical"])
 def example(request):
     return examples()[request.param]
 
@@ -268,3 +273,65 @@ def test_forbidden_values_are_never_drawn_and_leave_everything_finite():
 
 def test_actions_of_a_categorical_are_its_values():
     np.testing.assert_array_equal(Categorical(LOGITS).to_action(jnp.array([3, 1])), [3, 1])
+
+
+# --- padding ---
+
+
+@pytest.mark.parametrize("kind", CONTINUOUS)
+def test_padded_entries_are_in_no_density_and_no_gradient_and_0_in_actions(kind):
+    mask = jnp.array([[True, False, True], [True, True, False]])
+    padded, other = kind(MEAN, STD, mask), kind(MEAN + 0.3, 1.7 * STD, mask)
+    value = padded.sample(KEY)
+    for row, real in enumerate(([0, 2], [0, 1])):
+        real = jnp.array(real)
+        plain, plain_other = kind(MEAN[row, real], STD[row, real]), kind(MEAN[row, real] + 0.3, 1.7 * STD[row, real])
+        assert float(padded.log_prob(value)[row]) == pytest.approx(float(plain.log_prob(value[row, real])), rel=1e-6)
+        assert float(padded.kl(other)[row]) == pytest.approx(float(plain.kl(plain_other)), rel=1e-6)
+    if kind is Normal:
+        assert float(padded.entropy()[1]) == pytest.approx(float(Normal(MEAN[1, :2], STD[1, :2]).entropy()), rel=1e-6)
+    assert (np.asarray(padded.to_action(value))[~np.asarray(mask)] == 0).all()
+    for f in (lambda p: p.log_prob(p.sample(KEY)).sum(), lambda p: p.entropy(KEY).sum(), lambda p: p.kl(other).sum()):
+        grads = jax.grad(lambda mean, std: f(kind(mean, std, mask)), (0, 1))(MEAN, STD)  # noqa: B023
+        for grad in grads:
+            assert (np.asarray(grad)[~np.asarray(mask)] == 0).all()
+
+
+# --- OneHotCategorical ---
+
+
+def test_one_hot_values_are_those_of_the_categorical():
+    p, plain = OneHotCategorical(LOGITS[0]), Categorical(LOGITS[0])
+    draws = jax.vmap(p.sample)(jax.random.split(KEY, 20_000))
+    np.testing.assert_array_equal(jnp.sort(draws, axis=-1), jnp.broadcast_to(jnp.eye(4)[3], draws.shape))
+    np.testing.assert_allclose(draws.mean(axis=0), jax.nn.softmax(LOGITS[0]), atol=0.02)
+    for i in range(4):
+        assert float(p.log_prob(jnp.eye(4)[i])) == pytest.approx(float(plain.log_prob(jnp.int32(i))), rel=1e-6)
+    np.testing.assert_array_equal(p.mode(), jnp.eye(4)[1])
+    assert float(p.entropy()) == float(plain.entropy())
+
+
+def test_gradients_pass_through_one_hot_values_as_through_the_softmax():
+    weights = jnp.array([1.0, -2.0, 0.5, 3.0])
+    hard = jax.grad(lambda logits: jnp.vdot(straight_through(logits), weights))(LOGITS[0])
+    soft = jax.grad(lambda logits: jnp.vdot(jax.nn.softmax(logits), weights))(LOGITS[0])
+    np.testing.assert_allclose(hard, soft, rtol=1e-6)
+    assert (soft != 0).all()
+    drawn = jax.grad(lambda logits: jnp.vdot(OneHotCategorical(logits).sample(KEY), weights))(LOGITS[0])
+    noise = jax.random.gumbel(KEY, (4,))
+    expected = jax.grad(lambda logits: jnp.vdot(jax.nn.softmax(logits + noise), weights))(LOGITS[0])
+    np.testing.assert_allclose(drawn, expected, rtol=1e-5)
+
+
+def test_forbidden_values_of_one_hot_vectors_are_never_drawn_and_finite_in_every_gradient():
+    p = OneHotCategorical(jnp.array([0.3, -jnp.inf, 0.1]))
+    assert float(jax.vmap(p.sample)(jax.random.split(KEY, 500))[:, 1].max()) == 0
+    plain = Categorical(jnp.array([0.3, 0.1]))
+    assert float(p.log_prob(jnp.eye(3)[2])) == pytest.approx(float(plain.log_prob(jnp.int32(1))), rel=1e-6)
+
+    def log_prob(logits):
+        pi = OneHotCategorical(jnp.where(jnp.array([True, False, True]), logits, -jnp.inf))
+        return pi.log_prob(pi.sample(KEY)) + pi.entropy()
+
+    grad = jax.grad(log_prob)(jnp.array([0.3, 0.2, 0.1]))
+    assert np.isfinite(grad).all() and grad[1] == 0 and grad[0] != 0

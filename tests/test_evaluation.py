@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlx.algorithm import Plan
-from rlx.evaluation import make_evaluate
+from rlx.evaluation import make_evaluate, make_player
 from rlx.types import Box, Spec, TimeStep, UserError
 from tests.worlds import Counter, constant_algorithm
 
@@ -75,3 +75,29 @@ def test_episodes_whose_simulation_diverged_are_told_of_where_the_environment_te
     np.testing.assert_array_equal(result.diverged, result.lengths == 1)
     assert 0 < result.diverged.sum() < 64
     assert evaluate(RandomLength(), 4)(jax.random.key(0)).diverged is None
+
+
+class PaidApart(Counter):
+    """Two agents, of whom the second is paid twice what the first is."""
+
+    def step(self, state, action, key):
+        state, timestep = super().step(state, action, key)
+        return state, timestep._replace(reward=timestep.reward * jnp.array([1.0, 2.0]))
+
+
+def test_agents_that_are_paid_apart_have_returns_of_their_own():
+    result = evaluate(PaidApart(3), 5)(jax.random.key(0))
+    np.testing.assert_array_equal(result.agent_returns, np.tile([6.0, 12.0], (5, 1)))
+    np.testing.assert_array_equal(result.returns, np.full(5, 18.0))
+    assert evaluate(Counter(3), 5)(jax.random.key(0)).agent_returns is None
+
+
+def test_step_by_step_an_evaluation_is_the_same():
+    algorithm, key = constant_algorithm(Plan(1, 1, 1)), jax.random.key(0)
+    policy, player = algorithm.init(key), make_player(RandomLength(), algorithm, 6, "sample", 0, None)
+    now, decisions = player.begin(policy, key), 0
+    while player.running(now):
+        now, decisions = player.advance(policy, now), decisions + 1
+    expected = evaluate(RandomLength(), 6, "sample")(key)
+    np.testing.assert_array_equal(now.result.lengths, expected.lengths)
+    assert decisions == expected.lengths.max()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = {"rlx.errors", "rlx.types", "rlx.machine"}
 CONTRACT = BASE | {"rlx.environment", "rlx.algorithm"}
 SHARED = {"returns", "replay", "normalize", "distributions", "networks", "statistics", "minibatches", "comparison"}
-SHARED |= {"off_policy", "on_policy", "optimization", "sharding", "actors", "flow", "diffusion"}
+SHARED |= {"off_policy", "on_policy", "optimization", "sharding", "actors", "agents", "flow", "diffusion"}
 DRIVER = {"training", "rollout", "evaluation", "checkpoint", "checkpoint_store", "compilation", "data", "logging"}
 DRIVER |= {
     "epoch",
@@ -25,6 +25,7 @@ DRIVER |= {
     "schedule",
     "plotting",
     "recording",
+    "video",
     "benchmark",
     "measuring",
     "group",

@@ -50,6 +50,10 @@ RUNS = {
     "--algo.learning-rate 0.03 --algo.num-flow-steps 3 --algo.ema-decay 0.5",
     "dppo": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.num-epochs 1 --algo.num-minibatches 2 "
     "--algo.num-denoising-steps 3 --algo.finetuned-steps 2 --algo.normalize-reward True",
+    "mappo": "particle/simple_spread --env.N 2 --algo.actor-hidden 8 --algo.critic-hidden 8 --algo.num-epochs 1 "
+    "--algo.num-minibatches 2 --algo.sequential True --algo.gamma 0.9 --algo.gae-lambda 0.9 --algo.learning-rate 0.03",
+    "hasac": f"particle/simple_speaker_listener {OFF_POLICY} --algo.anneal-alpha True --algo.tune-alpha False",
+    "maddpg": f"particle/simple_speaker_listener {OFF_POLICY} --algo.policy-delay 2",
     "bc": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.num-minibatches 2 --algo.learning-rate 0.03 "
     "--data DATA",
 }

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlx.algorithms import dppo, fpo, ppo
+from rlx.algorithms import dppo, fpo, mappo, ppo
 from rlx.on_policy import clipped_surrogate
 from rlx.types import Transition, UserError
 from tests.on_policy import CONTINUOUS, PLAN, one_update, trajectory_of
 
 SIZES = {"actor_hidden": (8,), "critic_hidden": (8,), "num_epochs": 1, "num_minibatches": 1}
-MODULES = {"ppo": ppo, "fpo": fpo, "dppo": dppo}
+MODULES = {"ppo": ppo, "fpo": fpo, "dppo": dppo, "mappo": mappo}
 every = pytest.mark.parametrize("name", MODULES)
 
 

@@ -14,7 +14,7 @@ import pytest
 import envs
 from envs import particle
 from envs.names import PARTICLE
-from envs.particle import BACKGROUND, BLUE, GREEN, GREY, Particle, ParticleState
+from envs.particle import BACKGROUND, BLUE, GREEN, GREY, STRIP_COLOUR, Particle, ParticleState
 from rlx.algorithm import Plan
 from rlx.collection import random_policy
 from rlx.environment import random_action
@@ -319,6 +319,28 @@ def test_a_picture_shows_agents_over_landmarks_and_goals_in_green():
     expected = {(50, 50): GREY, (50, 150): GREEN, (150, 150): red, (100, 100): BLUE, (0, 0): BACKGROUND}
     assert {cell: tuple(frames[0][cell].tolist()) for cell in expected} == expected
     assert env.render([]).shape == (0, 200, 200, 3)
+
+
+def test_a_picture_shows_what_is_said_as_bars_of_the_speaker():
+    env = envs.make("particle/simple_world_comm")
+    state, _ = env.reset(KEY, ())
+    message = state.env.message.at[0].set(jnp.array([1.0, 0.0, 0.5, 0.25])).at[1].set(1.0)  # agent 1 has no voice
+    (frame,) = env.render([state._replace(env=state.env._replace(message=message))])
+    assert frame.shape == (220, 200, 3)
+    said = (frame[200:] == env.env.task.agents[0].colour).all(axis=-1)
+    assert ((frame[200:] == STRIP_COLOUR).all(axis=-1) ^ said).all()
+    np.testing.assert_array_equal(said[:, [25, 75, 125, 175]].sum(axis=0), [20, 0, 10, 5])
+    assert said[-1, 125] and not said[0, 125]  # bars stand on the ground
+
+
+def test_a_picture_follows_who_leaves_it():
+    env = envs.make("particle/simple")
+    state, _ = env.reset(KEY, ())
+    near, far = (state._replace(env=state.env._replace(position=jnp.array([[x, 0.0], [0.0, x]]))) for x in (0.7, 5.0))
+    blue, landmark = ((env.render([near, far]) == colour).all(axis=-1) for colour in (BLUE, GREY))
+    assert blue.any(axis=(1, 2)).all() and landmark.any(axis=(1, 2)).all()
+    np.testing.assert_allclose(np.argwhere(blue[1]).mean(axis=0), [99.5, 100 + 100 / 1.1], atol=1)
+    assert blue[1].sum() < blue[0].sum() / 4
 
 
 @pytest.mark.parametrize(

@@ -288,3 +288,13 @@ def test_n_step_windows_give_n_step_returns(n, seed):
 def test_what_lies_behind_an_ending_does_not_enter_a_window_whatever_it_is():
     reward, discount, _ = returns.n_step_window(floats(1, jnp.nan), bools(1, 0), bools(0, 0), GAMMA)
     assert (float(reward), float(discount)) == (1, 0)
+
+
+def test_n_step_windows_of_agents_that_are_paid_apart_are_those_of_each():
+    rewards, terminated, truncated = floats(1, 2, 3), bools(0, 0, 0), bools(0, 1, 0)
+    of_two = jnp.stack([rewards, -5 * rewards], axis=-1)
+    reward, *rest = returns.n_step_window(of_two, terminated, truncated, GAMMA)
+    for i in range(2):
+        alone, *expected = returns.n_step_window(of_two[:, i], terminated, truncated, GAMMA)
+        assert float(reward[i]) == pytest.approx(float(alone))
+        assert rest == expected

@@ -12,7 +12,17 @@ import pytest
 from rlx.algorithms import sac
 from rlx.replay import Batch
 from rlx.types import Discrete, UserError
-from tests.off_policy import ASYMMETRIC, CONTINUOUS, PLAN, SMALL, built, constant_critic, one_update, trajectory_of
+from tests.off_policy import (
+    ASYMMETRIC,
+    CONTINUOUS,
+    PLAN,
+    SMALL,
+    built,
+    constant_critic,
+    entropy_of_squashed_normal,
+    one_update,
+    trajectory_of,
+)
 
 CONFIG = sac.Config(**SMALL)
 ONE = dataclasses.replace(CONFIG, utd_ratio=(1, 24))
@@ -63,14 +73,6 @@ def test_ensembles_of_any_size_give_the_minimum_of_all_or_of_a_random_subset(num
     assert found <= allowed and (len(found) > 1) == (subset > 0)
     loss = update_with(config, endings(False, True), values, values)["actor_loss"]
     assert loss == pytest.approx(-values.mean() if subset else -1.0, rel=1e-5)
-
-
-def entropy_of_squashed_normal(std, dims):
-    """Of tanh(u), u normal about 0: by quadrature."""
-    u = np.linspace(-12 * std, 12 * std, 20_001)
-    density = np.exp(-0.5 * (u / std) ** 2) / (std * np.sqrt(2 * np.pi))
-    log_det = np.log(np.maximum(1 - np.tanh(u) ** 2, 1e-300))
-    return dims * (0.5 * np.log(2 * np.pi * np.e * std**2) + np.sum(density * log_det) * (u[1] - u[0]))
 
 
 def test_targets_and_both_other_losses_carry_the_entropy_of_the_policy():

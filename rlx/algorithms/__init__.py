@@ -9,4 +9,7 @@ ALGORITHMS = {
     "bc": "rlx.algorithms.bc",
     "fpo": "rlx.algorithms.fpo",
     "dppo": "rlx.algorithms.dppo",
+    "hasac": "rlx.algorithms.hasac",
+    "maddpg": "rlx.algorithms.maddpg",
+    "mappo": "rlx.algorithms.mappo",
 }

@@ -154,7 +154,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         base = params["actor"] if policy is None else policy.params.get("base", policy.params["actor"])
         if policy is not None:
             policy = policy._replace(params={"actor": policy.params["actor"]})
-        learned = on_policy.init(config, spec, plan, params, optimizer, policy)
+        learned = on_policy.init(config, spec, plan, params, optimizer.init, policy)
         return DPPOState(learned, jax.tree.map(jnp.copy, base) if frozen else ())
 
     def policy(state: DPPOState, mode: Mode) -> DPPOPolicy:

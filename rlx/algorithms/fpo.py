@@ -143,7 +143,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         actor_key, critic_key = jax.random.split(key)
         obs = jnp.zeros(select(spec.obs, config.critic_obs_key).shape, jnp.float32)
         params = {"actor": actor.init(actor_key), "critic": critic.init(critic_key, obs)}
-        learned = on_policy.init(config, spec, plan, params, optimizer, policy)
+        learned = on_policy.init(config, spec, plan, params, optimizer.init, policy)
         return FPOState(learned, jax.tree.map(jnp.copy, learned.params["actor"]))
 
     def policy(state: FPOState, mode: Mode) -> FPOPolicy:

@@ -121,7 +121,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         _, features = encode(params, start, obs)
         params["actor"] = actor.init(actor_key, inputs(obs, config.actor_obs_key, features))
         params["critic"] = critic.init(critic_key, inputs(obs, config.critic_obs_key, features))
-        return on_policy.init(config, spec, plan, params, optimizer, policy)
+        return on_policy.init(config, spec, plan, params, optimizer.init, policy)
 
     def policy(state: OnPolicyState, mode: Mode) -> PPOPolicy:
         return PPOPolicy({k: state.params[k] for k in ("encoder", "actor")}, state.statistics)

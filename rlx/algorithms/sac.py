@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from rlx import off_policy
+from rlx.actors import squashed_normal
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.distributions import TanhNormal
 from rlx.errors import require
@@ -119,9 +120,7 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
     rates["log_alpha"] = config.alpha_learning_rate
 
     def distribution(params: PyTree, obs: PyTree) -> TanhNormal:
-        out = actor.apply(params, select(obs, config.actor_obs_key)).astype(jnp.float32)
-        mean, raw_std = jnp.split(out, 2, axis=-1)
-        return TanhNormal(mean, jax.nn.softplus(raw_std) + config.min_std)
+        return squashed_normal(actor.apply(params, select(obs, config.actor_obs_key)), config.min_std)
 
     def init(key: Key, policy: SACPolicy | None = None) -> SACState:
         actor_key, critic_key = jax.random.split(key)

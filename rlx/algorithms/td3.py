@@ -21,9 +21,8 @@ import optax
 
 from rlx import off_policy
 from rlx.algorithm import Algorithm, Key, Mode, Plan
-from rlx.errors import require
 from rlx.networks import DTYPES, MLP, select
-from rlx.off_policy import Experience, Explorer, make_critics, make_off_policy
+from rlx.off_policy import Experience, Explorer, make_critics, make_off_policy, noisy
 from rlx.optimization import adam, descend
 from rlx.replay import Batch, Draw
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
@@ -85,9 +84,7 @@ class TD3Policy(NamedTuple):
 def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     off_policy.check(config, spec, plan, "td3")
-    require(config.policy_delay >= 1, "algo.policy_delay", config.policy_delay, "at least 1")
-    for name in ("exploration_noise", "target_noise", "noise_clip"):
-        require(getattr(config, name) >= 0, f"algo.{name}", getattr(config, name), "at least 0")
+    off_policy.check_noise(config)
 
 
 uses_data = off_policy.uses_data
@@ -128,15 +125,13 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         if mode == "greedy":
             return memory, action, ()
         noise_key, random_key = jax.random.split(key)
-        noise = config.exploration_noise * jax.random.normal(noise_key, action.shape, jnp.float32)
-        action = jnp.clip(action + noise, -1.0, 1.0)
+        action = noisy(action, config.exploration_noise, noise_key)
         return memory, experience.explore(policy.explorer, action, random_key) if mode == "explore" else action, ()
 
     def targets(learned: Learned, batch: Batch, key: Key) -> jax.Array:
         """y of eq. 10 with a' of eq. 14, [batch]."""
-        noise = config.target_noise * jax.random.normal(key, batch.action.shape, jnp.float32)
-        noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)
-        action = jnp.clip(actions(learned.targets["actor"], batch.next_obs) + noise, -1.0, 1.0)
+        action = actions(learned.targets["actor"], batch.next_obs)
+        action = noisy(action, config.target_noise, key, config.noise_clip)
         next_values = critics.apply(learned.targets["critic"], batch.next_obs, action)
         return batch.reward + batch.discount * next_values.min(axis=0)
 
@@ -145,7 +140,7 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         first = jax.tree.map(lambda x: x[:1], critic)
         return -critics.apply(first, batch.obs, actions(params, batch.obs)).mean()
 
-    def delayed(learned: Learned, batch: Batch) -> tuple[Learned, Metrics]:
+    def improve_actor(learned: Learned, batch: Batch) -> tuple[Learned, Metrics]:
         """A gradient step of the actor, and the targets' part of what was learnt."""
         params, states = dict(learned.params), dict(learned.optimizers)
         loss, grads = jax.value_and_grad(actor_loss)(params["actor"], params["critic"], batch)
@@ -162,21 +157,12 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         rate = config.critic_learning_rate
         params["critic"], states["critic"] = descend(optimizer, rate, params["critic"], states["critic"], grads)
         learned = Learned(params, learned.targets, states)
-
-        def skipped(learned: Learned, batch: Batch) -> tuple[Learned, Metrics]:
-            zero = jnp.zeros((), jnp.float32)
-            return learned, {"actor_loss": zero, "actor_grad_norm": zero}
-
-        learned, of_actor = jax.lax.cond(turn == 0, delayed, skipped, learned, batch)
-        # Of the mean over all steps, the share of those that the actor takes.
-        of_actor = {name: value * config.policy_delay for name, value in of_actor.items()}
+        learned, of_actor = off_policy.delayed(config.policy_delay, turn, improve_actor, learned, batch)
         return learned, metrics | of_actor | {"critic_grad_norm": optax.tree.norm(grads)}
 
     def update(state: TD3State, trajectory: Transition, iteration: jax.Array, key: Key) -> tuple[TD3State, Any]:
-        before = iteration % config.policy_delay * experience.updates  # gradient steps, but for whole turns
-
         def one(learned: Learned, batch: Batch, count: jax.Array, key: Key) -> tuple[Learned, Metrics]:
-            return step(learned, batch, (before + count + 1) % config.policy_delay, key)
+            return step(learned, batch, off_policy.turn(config.policy_delay, experience, iteration, count), key)
 
         learned, after, metrics = experience.update(one, state.learned, state.experience, trajectory, iteration, key)
         return TD3State(learned, after), metrics

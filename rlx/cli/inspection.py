@@ -39,16 +39,27 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--best", action="store_true", help="the policy of the best evaluation, not the newest")
     parser.add_argument("--mode", choices=("greedy", "sample"), help="greedy is deterministic (the run's own)")
     parser.add_argument("--physics", default="", help="another engine than the run's: mjx, warp or mujoco")
+    parser.add_argument("--video", metavar="FILE", help="draw the first of them: a .gif, an animated .png or a .webp")
+    parser.add_argument("--video-episodes", type=int, default=1, metavar="N", help="how many of them (1)")
+    parser.add_argument("--fps", type=float, default=20.0, help="decisions a second of the video (20)")
     options = parser.parse_args(arguments)
     require(options.episodes >= 1, "--episodes", options.episodes, "at least 1")
+    if options.video:
+        from rlx.video import check_video
+
+        check_video(options.video)
+        drawn, allowed = options.video_episodes, f"from 1 to the {options.episodes} episodes"
+        require(1 <= drawn <= options.episodes, "--video-episodes", drawn, allowed)
+        require(options.fps > 0, "--fps", options.fps, "above 0")
     with Progress() as shown:
         with shown.phase("building"):
             members = run_directories(options.run_dir)
+            require(len(members) == 1 or not options.video, "--video", options.video, "it takes one run at a time")
             run = load_run(members[0], options.physics)
             mode = options.mode or run.train_config.eval_mode
             import jax
 
-            from rlx.evaluation import make_evaluate
+            from rlx.evaluation import make_evaluate, make_player
             from rlx.recording import episodes
             from rlx.schedule import make_schedule, one_device
             from rlx.training import load_policy
@@ -58,14 +69,15 @@ def evaluate(arguments: list[str]) -> int:
         def player(config: Any) -> Any:
             key = repr(config)  # a user's Config need not be hashable
             if key not in players:
-                players[key] = compiled_player(config)
+                players[key] = jax.jit(make_evaluate(*playing(config)))
             return players[key]
 
-        def compiled_player(config: Any) -> Any:
+        def playing(config: Any) -> tuple[Any, ...]:
+            """What plays the episodes of a run: the arguments of `make_evaluate` and `make_player`."""
             decisions = options.decisions or run.train_config.eval_decisions
             plan = make_schedule(run.env, one_device(run.train_config)).plan
             algorithm = run.module.make(config, run.env.spec, plan)
-            return jax.jit(make_evaluate(run.env, algorithm, options.episodes, mode, decisions))
+            return run.env, algorithm, options.episodes, mode, decisions, None
 
         for path in members:
             train_config, config = settings_of(RunDirectory.open(path), run.module)
@@ -88,7 +100,16 @@ def evaluate(arguments: list[str]) -> int:
             text = f"mean return {mean:.4g}, standard deviation {std:.4g}, {options.episodes} episodes"
             lost = 0 if result.diverged is None else int(result.diverged.sum())
             text += f", of which {lost} ended early because their simulation diverged" if lost else ""
+            if result.agent_returns is not None:
+                text += f"; of each agent {', '.join(f'{x:.4g}' for x in result.agent_returns.mean(axis=0))}"
             print(f"{name}step {step:,}: {text}")
+            if options.video:
+                from rlx.video import film, write_video
+
+                with shown.phase("drawing"):
+                    frames = film(run.env, make_player(*playing(config)), policy, key, options.video_episodes)
+                    write_video(options.video, frames, options.fps)
+                print(options.video)
     return 0
 
 
