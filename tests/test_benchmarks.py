@@ -332,3 +332,24 @@ def test_the_benchmark_of_acting_has_a_row_for_each_actor_and_mode(tmp_path, cap
     assert [row["actor"] for row in rows[::2]] == ["ppo", "fpo, 2 steps", "dppo, 2 steps"]
     assert all(row["us_per_decision"] > 0 for row in rows) and rows[0]["times_ppo"] == rows[1]["times_ppo"] == 1
     assert "1.0x" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_particle_worlds_compares_with_mpe2(tmp_path, capsys):
+    out = tmp_path / "particle.json"
+    sizes = "--worlds simple_spread --num-envs 2 --steps 50 --mpe2-steps 25 --rounds 1"
+    script("particle").main([*sizes.split(), "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["program"] for row in rows] == ["mpe2", "rlx, 2 envs"] and rows[0]["times_mpe2"] == 1
+    assert all(0 < row["slowest"] <= row["steps_per_second"] <= row["fastest"] for row in rows)
+    assert "1.0x" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_agents_has_a_row_for_each_learner_and_number(tmp_path, capsys):
+    out = tmp_path / "agents.json"
+    sizes = "--agents 2 3 --num-envs 4 --unroll-length 2 --updates 1 --batch-size 4 --hidden 8 --compiles 1 --rounds 1"
+    script("agents").main([*sizes.split(), "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["learner"], row["agents"]) for row in rows[:3]] == [("hasac", 2), ("hasac", 3), ("masac", 2)]
+    assert len(rows) == 10 and all(row["updates_per_second"] > 0 and row["compile_s"] > 0 for row in rows)
+    assert rows[0]["times_first"] == 1 and "times that of 2" in capsys.readouterr().out
