@@ -18,12 +18,8 @@ class Options:
     physics: str = "auto"  # engine, for suites that have a choice: auto, mjx, warp, mujoco
     config: str = ""  # JSON or TOML file of settings, keys and paths as here; the command line stands above it
     run_dir: str = ""  # where the run goes; empty: a new folder of runs/
-    from_run: Annotated[str, tyro.conf.arg(name="from")] = (
-        ""  # run whose policy to start from (actor and observation statistics; the critic starts anew)
-    )
-    data: tuple[
-        str, ...
-    ] = ()  # data sets to learn from, FILE or FILE:SHARE each; off-policy learners: see --algo.data-batch
+    from_run: Annotated[str, tyro.conf.arg(name="from")] = ""  # run whose policy to start from; the critic starts anew
+    data: tuple[str, ...] = ()  # data sets to learn from, FILE or FILE:SHARE each; of SAC and the like: algo.data_batch
     num_seeds: int = 1  # runs of the seeds SEED, SEED + 1, ... as one program, each with a folder in --run-dir
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False  # replace the run that --run-dir holds
     wandb: str = ""  # W&B project to log to as well; empty: none

@@ -43,9 +43,7 @@ class Variant:
     algorithm: str  # as on the command line; a file that is not absolute lies beside study.py
     settings: Mapping[str, Any] = nothing()  # flat, as on the command line: {"algo.gamma": 0.9}
     data: Mapping[str, tuple[str, ...]] = nothing()  # environment -> data sets; a relative path lies beside study.py
-    start: str = (
-        ""  # one of the algorithms before it, whose policy (of the first seed) on an environment it begins with
-    )
+    start: str = ""  # an algorithm before it, with whose policy (of the first seed) on an environment it begins
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlx import cli
-from rlx.algorithms import ppo
+from rlx import arguments, cli
+from rlx.algorithms import ALGORITHMS, ppo
 from rlx.arguments import literal, option_value, parse_train, take_env_overrides
 from rlx.doctor import check_robot_models, examine
 from rlx.errors import UserError
@@ -172,6 +176,16 @@ def test_help_of_a_pair_lists_settings_with_their_comments_and_defaults(pair, ca
     assert status == 0
     for text in ("--algo.rate FLOAT", "added to the weight in every update", "(default: 0.1)", "--num-envs", "--from"):
         assert text in " ".join(out.split())
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, "options"])
+def test_every_setting_has_a_help_text(name):
+    """tyro shows the comment on a field's own line, and none where the line was broken."""
+    module = arguments if name == "options" else importlib.import_module(ALGORITHMS[name])
+    config = arguments.Options if name == "options" else module.Config
+    lines = inspect.getsource(config).splitlines()
+    for field in dataclasses.fields(config):
+        assert any(re.match(rf"    {field.name}: .* = .*  # .", line) for line in lines), field.name
 
 
 @pytest.mark.parametrize("arguments", [["--help"], [], ["train", "--help"], ["evaluate", "--help"]])

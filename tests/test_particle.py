@@ -15,6 +15,7 @@ import envs
 from envs import particle
 from envs.names import PARTICLE
 from envs.particle import BACKGROUND, BLUE, GREEN, GREY, STRIP_COLOUR, Particle, ParticleState
+from rlx import settings
 from rlx.algorithm import Plan
 from rlx.collection import random_policy
 from rlx.environment import random_action
@@ -369,3 +370,16 @@ def test_what_cannot_be_had_is_said_plainly(name, options, message):
 def test_there_is_no_physics_engine_to_choose():
     with pytest.raises(UserError, match="mjx.*not available for particle/simple"):
         envs.make("particle/simple", "mjx")
+
+
+@pytest.mark.parametrize("name", ["hasac", "maddpg", "mappo"])
+def test_learners_of_teams_meet_new_worlds(name):
+    """Of a few starts a listener learns by heart which goal belongs to which landmarks."""
+    preset = settings.preset("particle/simple_speaker_listener", name)
+    env = envs.make("particle/simple_speaker_listener")
+    source = make_source(env, Plan(4, 50, 1), reset=preset["reset"])
+    algorithm = random_policy(env.spec)
+    _, trajectory, _ = source.collect(algorithm, (), source.init(algorithm, KEY), KEY)
+    starts = np.asarray(trajectory.obs["state"])[25].round(4)  # of every environment's second episode
+    first = np.asarray(trajectory.obs["state"])[0].round(4)
+    assert len(np.unique(np.concatenate([first, starts]), axis=0)) == 8

@@ -43,9 +43,7 @@ class Config:
     num_minibatches: int = 8  # gradient steps an iteration, each on its own part of the trajectory
     ema_decay: float = 0.0  # a gradient step's share of old weights in the actor that is evaluated; 0: the learnt one
     normalize_obs: bool = True  # running statistics of observations
-    statistics: str = (
-        "mean_std"  # to mean 0 and standard deviation 1, or range: smallest and largest to -1 and 1 (frozen ever after)
-    )
+    statistics: str = "mean_std"  # to mean 0 and deviation 1, or range: smallest and largest to -1 and 1
     actor_hidden: tuple[int, ...] = (64, 64)  # hidden layers
     activation: str = "tanh"  # of the hidden layers
     distribution: str = "normal"  # of continuous actions: normal (clipped to the box), tanh_normal, flow or diffusion

@@ -8,7 +8,8 @@
     J_alpha  = E[-alpha_m (log pi_m(a_m | s_m) + target_entropy_m)];  of alpha_c with the sums over agents
     Q'       = tau Q + (1 - tau) Q'
 
-`sequential=False` is MASAC: all agents answer to the old policies of the others. One agent, with n = 1, is SAC.
+`sequential=False` is MASAC: all agents answer to the old policies of the others (with `share_params` the one network
+moves between their steps all the same). One agent, with n = 1, is SAC.
 Discrete actions are one-hot in the critic, differentiable by the straight-through Gumbel-softmax (arXiv 1611.01144).
 
 What differs from the paper's code: time limits bootstrap from the true successor, with the exact k where a window ends
@@ -38,7 +39,7 @@ from rlx.networks import DTYPES, MLP, select
 from rlx.off_policy import Experience, Explorer, make_critics, make_off_policy
 from rlx.optimization import adam, descend
 from rlx.replay import Batch, Draw
-from rlx.types import Metrics, PyTree, Spec, Transition
+from rlx.types import Discrete, Metrics, PyTree, Spec, Transition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +63,11 @@ class Config:
     num_critics: int = 2  # E; targets and actors take the minimum over them
     init_alpha: float = 1.0  # temperature at the start, of each agent and of the critic
     tune_alpha: bool = True  # towards the target entropies
-    anneal_alpha: bool = False  # geometrically over the run, to final_alpha, without tune_alpha
+    anneal_alpha: bool = False  # geometrically over the run, prefill included, to final_alpha
     final_alpha: float = 0.01  # temperature at the end, for anneal_alpha
     target_entropy_scale: float = 1.0  # target entropy: minus so many nats for each dimension of an agent's action
     discrete_entropy_scale: float = 0.3  # and of n discrete actions: this share of log n
-    value_each: bool = (
-        False  # discrete actors learn of the values of all their actions, not of the critic's slope at one
-    )
+    value_each: bool = False  # discrete actors learn of the values of all actions, not of the critic's slope at one
     max_grad_norm: float = 1e9  # global norm, of each network; so large a one clips nothing
     reward_scale: float = 1.0  # applied inside update only
     normalize_obs: bool = True  # running mean and standard deviation of observations
@@ -112,6 +111,10 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
     require(config.min_std >= 0, "algo.min_std", config.min_std, "at least 0")
     one = not (config.anneal_alpha and config.tune_alpha)
     require(one, "algo.anneal_alpha", True, "only without tune_alpha, which moves the temperatures too")
+    share = config.discrete_entropy_scale
+    require(0 <= share <= 1, "algo.discrete_entropy_scale", share, "from 0 to 1: log n is the largest entropy there is")
+    fits = isinstance(spec.action, Discrete) or not config.value_each
+    require(fits, "algo.value_each", config.value_each, "with discrete actions")
 
 
 uses_data = off_policy.uses_data
