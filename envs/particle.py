@@ -1,8 +1,9 @@
 """Particle worlds: points in a plane that chase, push and tell each other things (Lowe et al. 2017, arXiv 1706.02275).
 
 Each step equals one of the package mpe2, the successor of PettingZoo's MPE, from the same state: observations, rewards
-and endings, to 1e-5. Whole episodes part in the last digits of float32, which contacts amplify. Like mpe2, and unlike
-OpenAI's MPE, a step moves by the velocity before it, so that what an agent does shows a step later, and costs it that.
+and endings, to 1e-5. Whole episodes part in the last digits of float32, which contacts amplify. Like mpe2, a step moves
+by the velocity before it, so that what an agent does shows a step later, and costs it that. `semi_implicit=True` moves
+by the velocity after it, as OpenAI's MPE and PettingZoo up to 1.22 did, which most published returns are of.
 
 obs = {"agents": [N, d] float32, zeros behind the end of shorter ones (`spec.obs_mask`), "state": [D], all agents'
 observations one behind the other, without the zeros}. reward [N]: each agent's own; the return of a team is the sum.
@@ -364,8 +365,9 @@ NAMES: tuple[str, ...] = tuple(TASKS)
 class Particle:
     """A task without its time limit."""
 
-    def __init__(self, task: Task, discrete: bool = False):
-        self.task, self.discrete, self.num_agents = task, discrete, len(task.agents)
+    def __init__(self, task: Task, discrete: bool = False, semi_implicit: bool = False):
+        self.task, self.discrete, self.semi_implicit = task, discrete, semi_implicit
+        self.num_agents = len(task.agents)
         everyone: list[Agent | Landmark] = [*task.agents, *task.landmarks]
         sizes, collides = np.array([x.size for x in everyone]), np.array([x.collides for x in everyone])
         self.moves, self.speaks = (np.array([getattr(x, f) for x in task.agents])[:, None] for f in ("moves", "speaks"))
@@ -442,7 +444,7 @@ class Particle:
             force += self.contacts(state.position)
         velocity = (1 - DAMPING) * state.velocity + DT * force
         velocity *= jnp.minimum(1.0, self.max_speed / length(velocity))[:, None]
-        agents = state.position[:N] + DT * state.velocity  # by the velocity before the step
+        agents = state.position[:N] + DT * (velocity if self.semi_implicit else state.velocity)
         state = ParticleState(jnp.concatenate([agents, state.position[N:]]), velocity, message, state.goal)
         obs, never = self.obs(state), jnp.zeros((), bool)
         reward = self.task.reward(state)
@@ -488,7 +490,7 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
         raise unknown("Particle world", name, NAMES)
     full_name = f"particle/{name}"
     check_physics(full_name, physics, ())
-    defaults = {**defaults_of(TASKS[name]), "discrete": False}
+    defaults = {**defaults_of(TASKS[name]), "discrete": False, "semi_implicit": False}
     options = read_options(full_name, overrides, defaults, episode_length=EPISODE_LENGTH)
-    discrete = options.rest.pop("discrete", False)
-    return limit_and_repeat(Particle(TASKS[name](**options.rest), discrete), options)
+    kinds = {key: options.rest.pop(key, False) for key in ("discrete", "semi_implicit")}
+    return limit_and_repeat(Particle(TASKS[name](**options.rest), **kinds), options)

@@ -97,14 +97,17 @@ def make_source(
     num_envs = plan.num_envs
     params = env.spec.params
     reset_envs = jax.vmap(env.reset, in_axes=(0, None))
-    pool_size = min(pool_size, num_envs) if reset == "pool" else 1
+    pool_size = pool_size if reset == "pool" else 1
     num_new = -(-pool_size // 4)  # states that a refresh draws
+    num_parts = 1 if mesh is None else mesh.size
+    num_drawn = -(-max(pool_size, num_envs) // num_parts) * num_parts  # the same on every number of parts, and a rest
 
     def init(algorithm: Algorithm, key: Key) -> EnvSourceState:
         env_key, memory_key, cut_key = jax.random.split(key, 3)
-        env_state, obs = on_parts(lambda keys: reset_envs(keys, params), mesh)(jax.random.split(env_key, num_envs))
+        drawn = on_parts(lambda keys: reset_envs(keys, params), mesh)(jax.random.split(env_key, num_drawn))
         memory = jax.vmap(algorithm.memory)(jax.random.split(memory_key, num_envs))
-        pool_env, pool_obs = jax.tree.map(lambda x: x[:pool_size], (env_state, obs))  # four refreshes replace them all
+        env_state, obs = jax.tree.map(lambda x: x[:num_envs], drawn)
+        pool_env, pool_obs = jax.tree.map(lambda x: x[:pool_size], drawn)  # four refreshes replace them all
         returns, lengths = jnp.zeros((2, num_envs), jnp.float32)
         cuts = jnp.full(num_envs, jnp.inf, jnp.float32)
         if stagger and env.spec.episode_length:

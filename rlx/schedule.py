@@ -29,7 +29,7 @@ class TrainConfig:
     eval_decisions: int = 0  # cut of an episode without an ending; 0: the environment's time limit
     eval_mode: Literal["greedy", "sample"] = "greedy"  # of evaluations: deterministic, or draws from the policy
     reset: Literal["pool", "always"] = "pool"  # where new episodes start: a pool of drawn states, or anew
-    reset_pool_size: int = 128  # states in that pool, num_envs at most; a quarter is drawn anew once an epoch
+    reset_pool_size: int = 128  # states in that pool; a quarter is drawn anew once an epoch
     num_groups: int = 0  # of environments, each shuffled by itself, whole on a device; 0: a power of 2 up to 32
     num_devices: int = 0  # over which environments, or the runs of one program, are split; 0: as many as it can
     split: Literal["auto", "envs", "runs"] = "auto"  # what is split; auto: runs where they divide by the devices

@@ -280,30 +280,34 @@ def test_random_actions_return_what_they_are_known_to(name, expected):
     np.testing.assert_allclose(returns.mean(), expected, atol=max(1.0, 4 * returns.std() / 2048**0.5))
 
 
-def steer(state, agent, target):
-    """Five entries that bring `agent` to `target` [2] by its velocity of the next but one step, as fast as it can."""
-    velocity, ahead = state.velocity[agent], state.position[agent] + 0.1 * state.velocity[agent]
+def steer(env, state, agent, target):
+    """Five entries that bring `agent` to `target` [2] by the velocity that they give it, as fast as it can."""
+    velocity, ahead = state.velocity[agent], state.position[agent]
+    if not env.semi_implicit:  # the velocity of before moves it first
+        ahead += 0.1 * velocity
     x, y = jnp.clip(((target - ahead) / 0.1 - 0.75 * velocity) / 0.5, -1.0, 1.0)
     return jnp.stack([-jnp.ones_like(x), -x, x, -y, y])
 
 
-def test_a_speaker_who_names_the_goal_and_a_listener_who_obeys_return_what_the_fastest_way_does():
+@pytest.mark.parametrize("semi_implicit", [False, True])
+def test_a_speaker_who_names_the_goal_and_a_listener_who_obeys_return_what_the_fastest_way_does(semi_implicit):
     """Distances along an axis have density (2 - d) / 2, so of those that s was gone along E[d^2] = (2 - s)^4 / 24.
 
-    The word arrives after the first step, and a step moves by the velocity before it.
+    The word arrives after the first step; a step moves by the velocity before it, or after it.
     """
-    env, reset, _ = built("simple_speaker_listener")
+    env, reset, _ = built("simple_speaker_listener", semi_implicit=semi_implicit)
 
     def step(state, key):
         word = 2 * jax.nn.one_hot(state.goal[0], 3) - 1
         heard = state.message[0].argmax()
-        listen = jnp.where(state.message[0].any(), steer(state, 1, state.position[2 + heard]), -jnp.ones(5))
+        listen = jnp.where(state.message[0].any(), steer(env, state, 1, state.position[2 + heard]), -jnp.ones(5))
         state, timestep = env.step(state, jnp.stack([jnp.pad(word, (0, 2)), listen]), key)
         return state, timestep.reward.sum()
 
     states, _ = reset(jax.random.split(KEY, 1024), ())
     rewards = jax.jit(jax.vmap(lambda state: jax.lax.scan(step, state, jax.random.split(KEY, EPISODE))[1]))(states)
-    speeds = 2.0 * (1 - 0.75 ** np.arange(EPISODE - 1))  # at full force from the second step on
+    pushes = np.arange(EPISODE - 1) + semi_implicit  # at full force from the second step on
+    speeds = 2.0 * (1 - 0.75**pushes)
     gone = np.minimum(np.append(0.0, 0.1 * np.cumsum(speeds)), 2.0)
     best = -4 * ((2 - gone) ** 4 / 24).sum()  # two axes, two agents
     np.testing.assert_allclose(rewards.sum(axis=1).mean(), best, atol=1.0)  # 3 standard errors
@@ -358,6 +362,7 @@ def test_a_picture_follows_who_leaves_it():
         ("simple_world_comm", {"num_food": 0}, "num_food = 0"),
         ("simple_world_comm", {"num_forests": -1}, "num_forests = -1"),
         ("simple", {"discrete": 1}, "discrete = 1"),
+        ("simple", {"semi_implicit": 1}, "semi_implicit = 1"),
         ("simple", {"N": 2}, "override 'N' does not exist"),
         ("simple_spread", {"action_chunk": 2}, "action_chunk = 2 needs continuous actions"),
     ],

@@ -76,10 +76,11 @@ def test_pool_resets_take_states_of_the_pool():
     assert set(np.asarray(trajectory.obs[3:, :, 0]).ravel().tolist()) <= pool
 
 
-@pytest.mark.parametrize(("pool_size", "num_new"), [(1, 1), (4, 1), (5, 2), (8, 2)])
+@pytest.mark.parametrize(("pool_size", "num_new"), [(1, 1), (4, 1), (5, 2), (8, 2), (21, 6)])
 def test_a_refresh_replaces_the_oldest_quarter_of_the_pool_by_new_states(pool_size, num_new):
     source, start, _ = collect(Counter(3), "pool", pool_size, PLAN._replace(num_envs=8))
     state, seen = start, set(np.asarray(start.pool_obs[:, 0]).tolist())
+    assert len(seen) == pool_size  # states of its own, however few environments there are
     for i in range(4):
         refreshed = source.refresh(state, jax.random.key(i))
         for pool in ("pool_obs", "pool_env"):
