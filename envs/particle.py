@@ -454,19 +454,21 @@ class Particle:
         """Discs, agents over landmarks, goals green: [F, 200, 200, 3] uint8, the top row first. What agents say stands
         below, in 20 rows more where any of them speaks: from left to right a bar a word in the speaker's colour.
 
-        The view reaches to 1.4, and where something lies beyond, as far as that.
+        The view reaches to 1.4, and where something lies beyond in any of the F, as far as that.
         """
         speakers = [i for i, agent in enumerate(self.task.agents) if agent.speaks]
         height = PIXELS + (STRIP if speakers else 0)
         frames: np.ndarray = np.empty((len(states), height, PIXELS, 3), np.uint8)
+        farthest = max((float(np.abs(state.position).max()) for state in states), default=0.0)
+        extent = max(EXTENT, 1.1 * farthest)
         for frame, state in zip(frames, states, strict=True):
-            frame[:PIXELS] = self._draw_world(np.asarray(state.position), self.num_agents + np.asarray(state.goal))
+            goals = self.num_agents + np.asarray(state.goal)
+            frame[:PIXELS] = self._draw_world(np.asarray(state.position), goals, extent)
             if speakers:
                 frame[PIXELS:] = self._draw_messages(np.asarray(state.message), speakers)
         return frames
 
-    def _draw_world(self, position: np.ndarray, goals: np.ndarray) -> np.ndarray:
-        extent = max(EXTENT, 1.1 * float(np.abs(position).max()))
+    def _draw_world(self, position: np.ndarray, goals: np.ndarray, extent: float) -> np.ndarray:
         axis = extent * ((np.arange(PIXELS) + 0.5) / PIXELS * 2 - 1)
         x, y = axis[None], -axis[:, None]
         everyone: list[Agent | Landmark] = [*self.task.agents, *self.task.landmarks]

@@ -44,6 +44,7 @@ class Variant:
     settings: Mapping[str, Any] = nothing()  # flat, as on the command line: {"algo.gamma": 0.9}
     data: Mapping[str, tuple[str, ...]] = nothing()  # environment -> data sets; a relative path lies beside study.py
     start: str = ""  # an algorithm before it, with whose policy (of the first seed) on an environment it begins
+    instead: Mapping[str, str] = nothing()  # environment -> one to learn on in its place: a team's body as one agent's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Task:
     low: float  # the return that counts as 0, of runs that failed too
     high: float  # the return that counts as 1
     settings: Mapping[str, Any] = nothing()  # for every algorithm on it
+    env: str = ""  # what `rlx train` takes, where the study calls it otherwise: a game under each of its penalties
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Study:
     title: str
     about: str  # what it asks, in a few sentences
     algorithms: Mapping[str, Variant]  # by a name of one's choice
-    environments: Mapping[str, Task]  # by the name that `rlx train` takes
+    environments: Mapping[str, Task]  # by the name that `rlx train` takes, or one of its own (Task.env)
     sizes: Mapping[str, Size]  # the first is run where none is named
     references: Mapping[tuple[str, str], Reference] = nothing()  # (algorithm's name here, environment)
     settings: Mapping[str, Any] = nothing()
@@ -131,9 +133,10 @@ def check(study: Study) -> None:
         earlier = list(study.algorithms)[:index]
         if variant.start and variant.start not in earlier:
             raise unknown(f"algorithms[{name!r}].start: an algorithm before it", variant.start, earlier)
-        for env in variant.data:
-            if env not in study.environments:
-                raise unknown(f"algorithms[{name!r}].data: environment of the study", env, study.environments)
+        for field in ("data", "instead"):
+            for env in getattr(variant, field):
+                if env not in study.environments:
+                    raise unknown(f"algorithms[{name!r}].{field}: environment of the study", env, study.environments)
     for (algorithm, env), reference in study.references.items():
         if algorithm not in study.algorithms:
             raise unknown("references: algorithm of the study", algorithm, study.algorithms)
@@ -190,7 +193,8 @@ def programs(study: Study, size: str, folder: str | Path) -> list[Program]:
                 (f"study, size {size}", chosen.settings),
                 (f"study, size {size}, this environment", chosen.environments.get(env, {})),
             )
-            own, of_env = (beside(reference, folder) for reference in (variant.algorithm, env))
+            wanted = variant.instead.get(env) or study.environments[env].env or env
+            own, of_env = (beside(reference, folder) for reference in (variant.algorithm, wanted))
             data = tuple(str(Path(folder).absolute() / file) for file in variant.data.get(env, ()))
             start = Path(variant.start) / folder_name(env) / run_name(chosen.seeds[0]) if variant.start else None
             found.append(Program(name, env, own, of_env, layers, chosen.seeds, data, start))

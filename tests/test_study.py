@@ -468,6 +468,19 @@ def test_data_and_the_run_to_start_from_are_found_by_environment():
     assert found[f"clone on {ENVS[1]}"].start is None
 
 
+def test_an_environment_may_go_by_a_name_of_the_study_and_a_variant_learn_on_another_one():
+    names = {"mild": Task(0.0, 10.0, {"env.k": -25}, env="matrix/penalty"), "probe/lqr": Task(0.0, 1.0)}
+    variants = {"ppo": Variant("ppo"), "sac": Variant("sac", instead={"probe/lqr": "probe/memory"})}
+    found = programs(make_study(algorithms=variants, environments=names, references={}), "small", "/x")
+    assert [(p.title, p.env_reference) for p in found] == [
+        ("ppo on mild", "matrix/penalty"),
+        ("sac on mild", "matrix/penalty"),
+        ("ppo on probe/lqr", "probe/lqr"),
+        ("sac on probe/lqr", "probe/memory"),
+    ]
+    assert [str(p.folder) for p in found][:2] == ["ppo/mild", "sac/mild"]
+
+
 def test_environments_are_picked_by_either_name_and_algorithms_by_theirs():
     found = programs(make_study(), "small", "/x")
     assert [p.env for p in select(found, ["memory"])] == [p.env for p in select(found, ["probe/memory"])] == [ENVS[1]]

@@ -1,10 +1,12 @@
-"""Steps a second of particle worlds beside mpe2, out of which they are made anew.
+"""Steps a second of particle worlds beside mpe2, out of which they are made anew, and beside JaxMARL's.
 
     python experiments/benchmarks/particle.py                about two minutes on two cores
+    python experiments/benchmarks/particle.py --jaxmarl      about four; with jaxmarl and jaxtyping installed
 
 Random actions, episodes of 25 steps and true resets on both sides; a step is one of the whole world, all agents
 included. mpe2 runs one world in one process, in NumPy, its actions drawn beforehand; rlx runs `--num-envs` of them as
-training would, auto reset included. Both take turns, `--rounds` times after two warm-ups; the ratios are of medians.
+training would, auto reset included; JaxMARL as many under `vmap` and `scan`, its own auto reset included. All take
+turns, `--rounds` times after two warm-ups; the ratios are of medians.
 """
 
 from __future__ import annotations
@@ -75,6 +77,37 @@ def mpe2_block(name: str, steps: int) -> tuple[Callable[[], None], int]:
     return block, episodes * EPISODE
 
 
+def jaxmarl_block(name: str, num_envs: int, steps: int) -> tuple[Callable[[], None], int]:
+    mpe = importlib.import_module("jaxmarl.environments.mpe")
+    env: Any = getattr(mpe, "".join(part.capitalize() for part in name.split("_")) + "MPE")(action_type="Continuous")
+    length = max(1, round(steps / num_envs / EPISODE)) * EPISODE
+
+    def step(state: Any, key: jax.Array) -> tuple[Any, Any]:
+        draw_key, step_key = jax.random.split(key)
+        spaces = {agent: env.action_space(agent) for agent in env.agents}
+        keys = jax.random.split(draw_key, len(spaces))
+        actions = {agent: space.sample(key) for (agent, space), key in zip(spaces.items(), keys, strict=True)}
+        obs, state, reward, done, _ = env.step(step_key, state, actions)
+        return state, (obs, reward, done)
+
+    def run(keys: jax.Array) -> Any:
+        def one(key: jax.Array) -> Any:
+            reset_key, steps_key = jax.random.split(key)
+            # Sums, so that what a learner would read is computed and yet not written [T, B].
+            state, seen = jax.lax.scan(step, env.reset(reset_key)[1], jax.random.split(steps_key, length))
+            return state, jax.tree.map(lambda x: x.sum(axis=0), seen)
+
+        return jax.vmap(one)(keys)
+
+    keys = jax.random.split(jax.random.PRNGKey(0), num_envs)
+    program = jax.jit(run).lower(keys).compile()
+
+    def block() -> None:
+        jax.block_until_ready(program(keys))
+
+    return block, num_envs * length
+
+
 def seconds(block: Callable[[], None]) -> float:
     start = time.perf_counter()
     block()
@@ -88,6 +121,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400_000, help="of all environments, in a block of rlx")
     parser.add_argument("--mpe2-steps", type=int, default=2_000, help="in a block of mpe2")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--jaxmarl", action="store_true", help="JaxMARL's worlds too")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
@@ -99,7 +133,10 @@ def main(arguments: Sequence[str]) -> None:
         blocks = {"mpe2": mpe2_block(world, args.mpe2_steps)}
         for num_envs in args.num_envs:
             # A single world is bound by the overhead of its operations: fewer steps last as long.
-            blocks[f"rlx, {num_envs} envs"] = rlx_block(world, num_envs, min(args.steps, 20_000 * num_envs))
+            enough = min(args.steps, 20_000 * num_envs)
+            blocks[f"rlx, {num_envs} envs"] = rlx_block(world, num_envs, enough)
+            if args.jaxmarl:
+                blocks[f"jaxmarl, {num_envs} envs"] = jaxmarl_block(world, num_envs, enough)
         taken: dict[str, list[float]] = {which: [] for which in blocks}
         for round_ in range(args.rounds + WARM_UPS):
             for which, (block, _) in blocks.items():
@@ -117,7 +154,7 @@ def main(arguments: Sequence[str]) -> None:
                 "times_mpe2": rates[which] / rates["mpe2"],
             }
             rows.append(row)
-            print(f"{world:26s} {which:16s} {rates[which]:12,.0f} steps/s  {row['times_mpe2']:8.1f}x", flush=True)
+            print(f"{world:26s} {which:18s} {rates[which]:12,.0f} steps/s  {row['times_mpe2']:8.1f}x", flush=True)
     content = {
         "rows": rows,
         "settings": {name: value for name, value in vars(args).items() if name != "out"},
