@@ -39,9 +39,13 @@ def names() -> tuple[str, ...]:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError with close names if nothing is called `name`; names with a colon are own work, and pass."""
+    """Raises UserError with close names if nothing is called `name`; names with a colon are own work, and pass.
+
+    So do bodies that a mapping is to split (`envs.multi_agent`), of which there are too many to list.
+    """
     known = names()
-    if name in known or ":" in name:
+    bodies = [f"multi_{suite}/{body}" for suite in ("brax", "playground") for body in NAMES[suite]]
+    if name in known or name in bodies or ":" in name:
         return
     spelt = {(full if "/" in name else full.partition("/")[2]).lower(): full for full in known}
     close = [spelt[match] for match in difflib.get_close_matches(name.lower(), spelt, n=4, cutoff=0.6)]

@@ -197,13 +197,18 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
 
 
 def build(
-    name: str, physics: str, overrides: Mapping[str, Any], more: Mapping[str, Any] = MappingProxyType({})
+    name: str,
+    physics: str,
+    overrides: Mapping[str, Any],
+    more: Mapping[str, Any] = MappingProxyType({}),
+    full_name: str = "",
 ) -> tuple[Environment, Options]:
     """What `make` builds before it is limited and repeated, and the overrides.
 
-    `more`: those of who wraps it, and their defaults. Raises UserError as `make` does.
+    `more`: those of who wraps it, and their defaults; `full_name`: what errors call it then. Raises UserError as `make`
+    does.
     """
-    full_name = f"brax/{name}"
+    full_name = full_name or f"brax/{name}"
     backend, engine_name = choose(name, physics, overrides.get("backend"))
     defaults = defaults_of(brax.envs._envs[name])
     if backend is not None:

@@ -37,9 +37,14 @@ def climbing() -> np.ndarray:
 
 
 def diagonal(N: int = 2, values: tuple[float, ...] = (5.0, 10.0, 20.0)) -> np.ndarray:
-    """N agents are paid values[i] where all of them choose i, else 0. Raises UserError for no agents or values."""
-    require(1 <= N <= 10, "N", N, "a number of agents, 1 to 10")
-    require(1 <= len(values) <= 10, "values", values, "1 to 10 payoffs")
+    """N agents are paid values[i] where all of them choose i, else 0.
+
+    Raises UserError for no agents or values, values that are no numbers, and a table of over a million entries.
+    """
+    require(N >= 1, "N", N, "a whole number of at least 1")
+    numbers = [isinstance(value, int | float) and np.isfinite(value) for value in values]
+    require(len(values) > 0 and all(numbers), "values", values, "at least one payoff, finite numbers")
+    require(len(values) ** N <= 10**6, "N", N, f"so few agents that {len(values)}^N is at most a million")
     table = np.zeros((len(values),) * N)
     np.einsum("i" * N + "->i", table)[:] = values  # a view of the diagonal
     return table
@@ -57,7 +62,10 @@ class MatrixGame:
     """
 
     def __init__(self, payoff: ArrayLike):
-        table = np.asarray(payoff, np.float32)
+        try:
+            table = np.asarray(payoff, np.float32)
+        except (TypeError, ValueError):
+            require(False, "payoff", payoff, "a table of numbers, its rows of one length")
         require(table.ndim >= 1 and table.size > 0, "payoff", table.shape, "a table with an axis an agent")
         require(bool(np.isfinite(table).all()), "payoff", table.tolist(), "finite numbers")
         self.payoff, self.num_agents = table, table.ndim

@@ -1,4 +1,5 @@
-"""Bodies whose joints several agents share out: `multi_brax/<env>_<split>`, `multi_playground/<Task>_<split>`.
+"""Bodies whose joints several agents share out: `multi_brax/<env>_<split>`, `multi_playground/<Task>_<split>`, and any
+other body, or split, of the two suites by a mapping: `multi_playground/<Task>` with the override `split`.
 
 After Multi-Agent MuJoCo (Peng et al. 2021, FACMAC, arXiv 2003.06709): N agents drive one body and are paid as one; the
 reward stays (). The environment underneath, its physics, overrides and time limit are those of `envs.brax` and
@@ -23,9 +24,9 @@ Actions [N, a], -1 to 1, in the order in which the split names the joints; entri
 (`spec.action_mask`) are ignored. Multi-Agent MuJoCo names joints too, yet hands agent i the i-th slice of the body's
 action, which on the ant and the cheetah drives other joints than those that the agent sees as its own.
 
-Overrides, beside those of the environment underneath: `hops` (1); `split`, in place of the one in the name: a mapping
-{agent: (names of joints or actuators)} in which every actuator has one agent; `shared`, indices of the state. Action
-chunks are not possible. In a shell the names with a | need quotes.
+Overrides, beside those of the environment underneath: `hops` (1); `split`, where the name has none or in place of that:
+a mapping {agent: (names of joints or actuators)} in which every actuator has one agent; `shared`, indices of the state.
+Action chunks are not possible. In a shell the names with a | need quotes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import mujoco
 import numpy as np
 
 from envs.adapter import limit_and_repeat
-from envs.names import BRAX
+from envs.names import BRAX, PLAYGROUND
 from envs.wrappers import DomainRandomization, FixedPoint
 from rlx.environment import Environment, render
 from rlx.errors import UserError, require, unknown
@@ -298,15 +299,20 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
 
     Raises UserError for a split, an override or an engine that the body has not.
     """
-    body, _, split_name = name.rpartition("_")
+    body, _, split_name = (name, "", "") if name in (*BRAX, *PLAYGROUND) else name.rpartition("_")
+    suite = "brax" if body in BRAX else "playground"
     own: dict[str, Any] = {"split": None, "hops": 1, "shared": SHARED.get(body, ())}
-    if body in BRAX:
+    if suite == "brax":
         from envs.brax import build
     else:
         from envs.playground import build
-    env, options = build(body, physics, overrides, own)
+    env, options = build(body, physics, overrides, own, f"multi_{suite}/{name}")
     chosen = own | options.rest
     split = chosen["split"]
+    if split is None and not split_name:
+        ready = [f"multi_{suite}/{body}_{ready}" for ready in SPLITS.get(body, ())]
+        allowed = "{agent: (joints)} of at least two agents" + (f"; or {', '.join(ready)}" if ready else "")
+        require(False, "split", split, allowed)
     if split is None:
         split = {f"agent_{i}": joints.split() for i, joints in enumerate(SPLITS[body][split_name].split("|"))}
     return limit_and_repeat(MultiAgent(env, innermost(env), split, chosen["hops"], chosen["shared"]), options)

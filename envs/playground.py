@@ -201,13 +201,18 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
 
 
 def build(
-    name: str, physics: str, overrides: Mapping[str, Any], more: Mapping[str, Any] = MappingProxyType({})
+    name: str,
+    physics: str,
+    overrides: Mapping[str, Any],
+    more: Mapping[str, Any] = MappingProxyType({}),
+    full_name: str = "",
 ) -> tuple[Environment, Options]:
     """What `make` builds before it is limited and repeated, and the overrides.
 
-    `more`: those of who wraps it, and their defaults. Raises UserError as `make` does.
+    `more`: those of who wraps it, and their defaults; `full_name`: what errors call it then. Raises UserError as `make`
+    does.
     """
-    full_name = f"playground/{name}"
+    full_name = full_name or f"playground/{name}"
     engine_name = engines.resolve(physics)
     needs_models = name in LOCOMOTION + MANIPULATION
     menagerie = find_menagerie(name, overrides.get("menagerie_path")) if needs_models else None

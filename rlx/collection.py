@@ -3,8 +3,8 @@
 Each part has B environments of its own, whose steps are written one environment after another. An episode that the
 end of collecting cuts is truncated there, with its true successor, as at a time limit. New episodes start as in
 training (`rlx.rollout`): with a true reset each ("always"), for under a deterministic policy two episodes from one
-state of a pool would be the same; or, where resets are slow, from a pool of B states, a quarter of it new in each
-chunk. The same arguments give the same file.
+state of a pool would be the same; or, where resets are slow, from a pool of 128 states, of B where B is more, a
+quarter of it new in each chunk. The same arguments give the same file.
 """
 
 from __future__ import annotations

@@ -112,8 +112,9 @@ def compile_run(
             traced.append(jax.jit(functions[2], out_shardings=rest).trace(state, varied))
     with progress.phase("compiling"):
         compiled = [compile_program(program.lower()) for program in traced]
-    footprint.report(compiled[1], compiled[-1], state, arrays, schedule, key.size, progress)
-    return Programs(compiled[0], compiled[1], compiled[-1], state, jax.device_put(arrays, whole))
+    programs = (compiled[0], compiled[1], compiled[-1])
+    footprint.report(programs, state, arrays, schedule, key.size, progress)
+    return Programs(*programs, state, jax.device_put(arrays, whole))
 
 
 def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

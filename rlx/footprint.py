@@ -37,15 +37,20 @@ def memory(compiled: Any) -> Memory | None:
 
 
 def report(
-    epoch: Any, evaluate: Any, state: Any, arrays: Any, schedule: Schedule, num_runs: int, progress: Progress
+    compiled: tuple[Any, Any, Any],
+    state: Any,
+    arrays: Any,
+    schedule: Schedule,
+    num_runs: int,
+    progress: Progress,
 ) -> None:
     """Says where a run is to be and what its programs take there, before anything of it is.
 
-    `state`: its shapes; `arrays`: those of a data set. Raises UserError, with what would fit, where that is more
-    than a device has.
+    `compiled`: init, epoch and evaluate; `state`: its shapes; `arrays`: those of a data set. Raises UserError, with
+    what would fit, where that is more than a device has.
     """
     plan, free = schedule.plan, free_memory(schedule.num_devices)
-    found = [memory(program) for program in (epoch, evaluate)]
+    init, epoch, evaluate = (memory(program) for program in compiled)
     devices = f"{schedule.num_devices} device{'s' if schedule.num_devices > 1 else ''}"
     unused = 0 if jax.devices()[0].platform == "cpu" else len(jax.devices()) - schedule.num_devices
     where = f"{devices} ({jax.devices()[0].device_kind}{f'; {unused} more are not used' if unused else ''})"
@@ -53,10 +58,12 @@ def report(
     if num_runs > 1:
         on_each = num_runs // schedule.num_run_devices
         what = f"{on_each} run{'s' if on_each > 1 else ''} of {what}"
-    if found[0] is None or found[1] is None:
+    if init is None or epoch is None or evaluate is None:
         progress.message(f"{where}: {what}; it does not say what they take")
         return
-    needed = Memory(found[0].state, max(found[0].temporaries, found[1].temporaries))  # the state stays all the time
+    # The state stays all the time; `init` makes it, and more states of environments than are kept.
+    temporaries = max(epoch.temporaries, evaluate.temporaries, init.total - epoch.state)
+    needed = Memory(epoch.state, temporaries)
     of = f" of {mib(free)} free" if free else ""
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
     share = max(schedule.num_devices, 1)

@@ -101,7 +101,7 @@ def make_chunk(
     env: Environment, algorithm: Algorithm, mode: Mode, plan: Plan, reset: Literal["pool", "always"]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Pure functions: key -> state, and (policy, state, key) -> (state, trajectory without extras, nonfinite)."""
-    source = make_source(env, plan, reset, plan.num_envs)
+    source = make_source(env, plan, reset, max(plan.num_envs, 128))  # of a few starts a data set would show a few tasks
 
     def act(policy: Policy, memory: PyTree, obs: PyTree, key: Key, _: Mode):
         return algorithm.act(policy, memory, obs, key, mode)

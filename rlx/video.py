@@ -15,14 +15,17 @@ from rlx.errors import require
 from rlx.evaluation import Player
 from rlx.logging import write_atomically
 
-FORMATS = (".gif", ".png", ".webp")  # all without loss but for the 256 colours of a gif's frame
+FASTEST = {".gif": 50, ".png": 1000, ".webp": 1000}  # frames a second: a gif counts in hundredths, and players skip 1
+FORMATS = tuple(FASTEST)  # all without loss but for the 256 colours of a gif's frame
 
 
-def check_video(path: str | Path) -> None:
-    """Raises UserError for a file that no video can be written to."""
+def check_video(path: str | Path, fps: float) -> None:
+    """Raises UserError for a file that no video can be written to, and a pace that it cannot have."""
     allowed = f"it ends in {', '.join(FORMATS)} (animated pictures; other formats need programs of their own)"
     require(Path(path).suffix in FORMATS, "--video", str(path), allowed)
     require(Path(path).absolute().parent.is_dir(), "--video", str(path), "the folder does not exist")
+    fastest = FASTEST[Path(path).suffix]
+    require(0 < fps <= fastest, "--fps", fps, f"above 0, and at most {fastest} in a {Path(path).suffix}")
 
 
 def film(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int) -> np.ndarray:
@@ -52,6 +55,9 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
     first, *others = (Image.fromarray(frame) for frame in frames)
     buffer = io.BytesIO()
     options: dict[str, Any] = {"lossless": True} if Path(path).suffix == ".webp" else {}
-    options |= {"save_all": True, "append_images": others, "duration": round(1000 / fps), "loop": 0}
+    # Each frame ends at the nearest tick that the format has: what a duration is rounded by does not add up.
+    tick = 10 if Path(path).suffix == ".gif" else 1
+    durations = tick * np.diff(np.rint(np.arange(len(frames) + 1) * 1000 / fps / tick).astype(int))
+    options |= {"save_all": True, "append_images": others, "duration": durations.tolist(), "loop": 0}
     first.save(buffer, format=Path(path).suffix[1:], **options)
     write_atomically(Path(path).absolute(), buffer.getvalue())

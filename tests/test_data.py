@@ -109,14 +109,14 @@ def test_dict_observations_and_every_kind_of_action(tmp_path, env):
     assert len(np.unique(steps.action)) > 2
 
 
-@pytest.mark.parametrize(("reset", "starts"), [("always", 40), ("pool", 8)])
-def test_episodes_begin_with_true_resets_or_out_of_a_pool(tmp_path, reset, starts):
-    """Four environments, ten episodes each: begun in a state of its own, or in one of the pool's four."""
+@pytest.mark.parametrize("reset", ["always", "pool"])
+def test_episodes_begin_with_true_resets_or_out_of_a_pool(tmp_path, reset):
+    """Four environments, ten episodes each: begun in a state of its own, or in one of 128, some of them in the same."""
     collect(tmp_path / "a.npz", steps=4 * 30, num_envs=4, reset=reset)
     steps = everything(data.read([(tmp_path / "a.npz", None)], Counter(3)))
     np.testing.assert_array_equal(steps.obs[:, 1], np.tile([0, 1, 2], 40))
     found = len(np.unique(steps.obs[:, 0]))
-    assert found == starts if reset == "always" else 5 <= found <= starts
+    assert found == 40 if reset == "always" else 20 < found < 40
 
 
 def test_the_modes_are_those_of_the_policy(tmp_path):

@@ -84,6 +84,9 @@ def test_one_agent_alone_is_a_bandit():
         ("climbing", {"k": -30.0}, "override 'k' does not exist"),
         ("diagonal", {"N": 0}, "N = 0"),
         ("diagonal", {"values": ()}, "values = "),
+        ("diagonal", {"values": ("a", "b")}, "values = .*finite numbers"),
+        ("diagonal", {"values": (1.0, float("nan"))}, "values = .*finite numbers"),
+        ("diagonal", {"N": 13}, "N = 13 .* a million"),
     ],
 )
 def test_what_cannot_be_had_is_said_plainly(name, options, message):
@@ -91,7 +94,7 @@ def test_what_cannot_be_had_is_said_plainly(name, options, message):
         envs.make(f"matrix/{name}", **options)
 
 
-@pytest.mark.parametrize("payoff", [3.0, [], [[1.0, np.nan]]])
+@pytest.mark.parametrize("payoff", [3.0, [], [[1.0, np.nan]], ["a", "b"], [[1, 2], [3]]])
 def test_a_table_that_is_none_is_refused(payoff):
     with pytest.raises(UserError, match="payoff"):
         MatrixGame(payoff)

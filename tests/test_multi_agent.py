@@ -363,6 +363,20 @@ def test_overrides_reach_the_split_and_the_body_and_a_wrong_one_gets_the_close_o
         envs.make(name, action_chunk=2)
 
 
+def test_a_body_without_a_split_takes_a_mapping():
+    split = {"near": ["proximal"], "far": ["distal"]}
+    env = envs.make("multi_playground/FingerSpin", split=split)
+    assert env.spec.num_agents == 2 and env.spec.name == "multi_playground/FingerSpin"
+    with pytest.raises(UserError, match="split = None .*multi_playground/CheetahRun_6x1"):
+        envs.make("multi_playground/CheetahRun")
+    with pytest.raises(UserError, match="split = None .*at least two agents"):
+        envs.make("multi_brax/inverted_pendulum")
+    with pytest.raises(UserError, match="does not exist"):
+        envs.make("multi_brax/CheetahRun", split=split)
+    with pytest.raises(UserError, match="multi_playground/ReacherEasy_2x1: hops = True"):
+        envs.make("multi_playground/ReacherEasy_2x1", hops=True)
+
+
 def test_the_adapter_is_found_within_its_wrappers():
     env = envs.make("playground/ReacherEasy").env  # within the time limit
     assert type(innermost(env)).__name__ == "Playground" and multi_agent.full_obs({"a": jnp.ones((2, 2))}).shape == (4,)

@@ -103,13 +103,13 @@ def starts(env, rng, count):
     return jax.tree.map(jnp.asarray, state)
 
 
-def played(name, num_episodes, seed, reset_state=True, **options):
+def played(name, num_episodes, seed, reset_state=True, semi_implicit=False, **options):
     """Random episodes of both; yields our and their (all observations, rewards) step by step.
 
     Half of the episodes start within a quarter of the square, where much touches. mpe2 is put into our state before
     every step if `reset_state`, else at the start alone.
     """
-    env, _, step = built(name, **options)
+    env, _, step = built(name, **options, semi_implicit=semi_implicit)
     theirs, rng = reference(name, **options), np.random.default_rng(seed)
     states, actions, steps = [starts(env, rng, num_episodes)], [], []
     for _ in range(EPISODE):
@@ -167,6 +167,24 @@ def test_a_step_is_that_of_mpe2(name, discrete):
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_a_step_with_options_is_that_of_mpe2(name, options):
     assert (largest_error(name, 4, 1, **options) < TOLERANCE).all()
+
+
+@pytest.mark.parametrize("name", ["simple_tag", "simple_spread"])
+def test_a_semi_implicit_step_is_that_of_mpe2_with_positions_moved_last(name, monkeypatch):
+    """Contacts are those before the step all the same."""
+    from mpe2._mpe_utils.core import World
+
+    move = World.integrate_state
+
+    def velocities_first(world, forces):
+        agents = [entity for entity in world.entities if entity.movable]
+        places = [agent.state.p_pos.copy() for agent in agents]
+        move(world, forces)
+        for agent, place in zip(agents, places, strict=True):
+            agent.state.p_pos = place + agent.state.p_vel * world.dt
+
+    monkeypatch.setattr(World, "integrate_state", velocities_first)
+    assert (largest_error(name, 4, 3, semi_implicit=True) < TOLERANCE).all()
 
 
 @pytest.mark.slow
@@ -326,6 +344,15 @@ def test_a_picture_shows_agents_over_landmarks_and_goals_in_green():
     assert env.render([]).shape == (0, 200, 200, 3)
 
 
+def test_a_picture_shows_the_word_of_crypto_and_not_its_key():
+    env = envs.make("particle/simple_crypto")
+    state, _ = env.reset(KEY, ())
+    corners = jnp.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [0.5, 0.0], [-0.5, 0.0]])
+    state = state._replace(env=state.env._replace(position=corners, goal=jnp.array([1, 0])))
+    green, grey = (np.argwhere((env.render([state])[0] == colour).all(axis=-1)) for colour in (GREEN, GREY))
+    assert (green[:, 1] < 100).all() and (grey[:, 1] > 100).all() and len(green) == len(grey) > 0
+
+
 def test_a_picture_shows_what_is_said_as_bars_of_the_speaker():
     env = envs.make("particle/simple_world_comm")
     state, _ = env.reset(KEY, ())
@@ -383,7 +410,7 @@ def test_learners_of_teams_meet_new_worlds(name):
     """Of a few starts a listener learns by heart which goal belongs to which landmarks."""
     preset = settings.preset("particle/simple_speaker_listener", name)
     env = envs.make("particle/simple_speaker_listener")
-    source = make_source(env, Plan(4, 50, 1), reset=preset["reset"])
+    source = make_source(env, Plan(4, 50, 1), reset=preset["reset"], pool_size=1)
     algorithm = random_policy(env.spec)
     _, trajectory, _ = source.collect(algorithm, (), source.init(algorithm, KEY), KEY)
     starts = np.asarray(trajectory.obs["state"])[25].round(4)  # of every environment's second episode

@@ -54,7 +54,7 @@ def test_an_environment_that_cannot_be_drawn_says_so():
 def test_a_file_holds_the_frames_in_their_colours_and_their_pace(tmp_path, suffix):
     frames = np.repeat(COLOURS, 16, axis=0).reshape(4, 4, 4, 3)
     path = tmp_path / f"a{suffix}"
-    check_video(path)
+    check_video(path, 20.0)
     write_video(path, frames, fps=20.0)
     with Image.open(path) as video:
         assert video.n_frames == 4
@@ -68,9 +68,28 @@ def test_a_file_holds_the_frames_in_their_colours_and_their_pace(tmp_path, suffi
 
 def test_other_formats_and_folders_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(UserError, match="a.mp4.*ends in .gif, .png, .webp"):
-        check_video("a.mp4")
+        check_video("a.mp4", 20.0)
     with pytest.raises(UserError, match="the folder does not exist"):
-        check_video(tmp_path / "nowhere" / "a.gif")
+        check_video(tmp_path / "nowhere" / "a.gif", 20.0)
+
+
+@pytest.mark.parametrize(("suffix", "duration"), [(".gif", [30, 40, 30] * 3 + [30]), (".png", [33, 34, 33] * 3 + [33])])
+def test_a_pace_that_the_format_cannot_hold_is_that_of_the_whole_film(tmp_path, suffix, duration):
+    frames = np.stack([np.full((4, 4, 3), 10 * i, np.uint8) for i in range(10)])
+    write_video(tmp_path / f"a{suffix}", frames, fps=30.0)
+    with Image.open(tmp_path / f"a{suffix}") as video:
+        found = []
+        for index in range(10):
+            video.seek(index)
+            video.load()
+            found.append(video.info["duration"])
+    assert found == duration
+
+
+@pytest.mark.parametrize(("suffix", "fps", "most"), [(".gif", 60.0, 50), (".png", 2000.0, 1000), (".gif", 0.0, 50)])
+def test_a_pace_beyond_the_format_is_refused(suffix, fps, most):
+    with pytest.raises(UserError, match=f"--fps = {fps} .*above 0, and at most {most}"):
+        check_video(f"a{suffix}", fps)
 
 
 def test_keys_in_a_state_are_no_obstacle():

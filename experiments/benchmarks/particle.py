@@ -3,7 +3,7 @@
     python experiments/benchmarks/particle.py                about two minutes on two cores
     python experiments/benchmarks/particle.py --jaxmarl      about four; with jaxmarl and jaxtyping installed
 
-Random actions, episodes of 25 steps and true resets on both sides; a step is one of the whole world, all agents
+Random actions, episodes of 25 steps and true resets on all sides; a step is one of the whole world, all agents
 included. mpe2 runs one world in one process, in NumPy, its actions drawn beforehand; rlx runs `--num-envs` of them as
 training would, auto reset included; JaxMARL as many under `vmap` and `scan`, its own auto reset included. All take
 turns, `--rounds` times after two warm-ups; the ratios are of medians.
@@ -45,7 +45,7 @@ def rlx_block(name: str, num_envs: int, steps: int) -> tuple[Callable[[], None],
     env = envs.make(f"particle/{name}")
     length = max(1, round(steps / num_envs / EPISODE)) * EPISODE
     algorithm = random_policy(env.spec)
-    source = make_source(env, Plan(num_envs, length, 1))
+    source = make_source(env, Plan(num_envs, length, 1), reset="always")
     state = source.init(algorithm, jax.random.key(0))
     program = compile_program(
         jax.jit(lambda state, key: source.collect(algorithm, (), state, key)[2]).lower(state, jax.random.key(1))

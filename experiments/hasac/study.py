@@ -31,12 +31,7 @@ STUDY = Study(
     tuning_seeds=(0, 1, 2),
     settings={"env.semi_implicit": True, "num_evals": 10, "eval_episodes": 512},
     sizes={
-        "small": Size(
-            seeds=(30, 31, 32),
-            settings={"total_steps": 250_000},
-            environments={f"particle/{world}": {} for world in AT_250K},
-        ),
-        "long": Size(seeds=(30, 31, 32), settings={"total_steps": 500_000}),
-        "full": Size(seeds=tuple(range(20, 30)), settings={"total_steps": 5_000_000}),
+        "small": Size(seeds=(30, 31, 32), settings={"total_steps": 250_000}),
+        "full": Size(seeds=tuple(range(20, 30)), settings={"total_steps": 1_000_000}),
     },
 )

@@ -47,10 +47,9 @@ def evaluate(arguments: list[str]) -> int:
     if options.video:
         from rlx.video import check_video
 
-        check_video(options.video)
+        check_video(options.video, options.fps)
         drawn, allowed = options.video_episodes, f"from 1 to the {options.episodes} episodes"
         require(1 <= drawn <= options.episodes, "--video-episodes", drawn, allowed)
-        require(options.fps > 0, "--fps", options.fps, "above 0")
     with Progress() as shown:
         with shown.phase("building"):
             members = run_directories(options.run_dir)
