@@ -310,6 +310,7 @@ def test_every_seed_is_one_that_keys_can_be_made_of():
         varied_settings({"a": (SMALL, CONFIG), "b": (dataclasses.replace(SMALL, seed=2**32), CONFIG)})
 
 
+@pytest.mark.slow
 def test_other_versions_and_commits_that_runs_go_on_with_are_said_and_recorded_once(tmp_path, monkeypatch, capsys):
     many(seeds(2), tmp_path)
     monkeypatch.setattr(recording, "commit", lambda: "another")
