@@ -67,8 +67,10 @@ def draw_curves(results: Sequence[Result], study: Study, against: Literal["steps
         panel.grid(alpha=0.3)
     label = {"steps": "environment steps, millions", "minutes": "minutes of training, all seeds at once"}[against]
     figure.supxlabel(label, fontsize=9)
-    figure.supylabel("mean return of an evaluation episode", fontsize=9)
-    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=4, fontsize=9, frameon=False)
+    figure.supylabel("mean return of an episode", fontsize=9)
+    entry = 0.5 + 0.07 * max(map(len, lines), default=1)  # inches: its line and its letters
+    ncols = int(np.clip(figure.get_figwidth() / entry, 1, 4))
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=ncols, fontsize=9, frameon=False)
     return figure
 
 
@@ -94,7 +96,7 @@ def _draw_curve(panel: Any, result: Result, study: Study, against: str) -> dict[
         low, high = np.clip(reference_interval(reference, task, study.tolerance), task.low, task.high)
         grey = "0.4" if len(study.algorithms) == 1 else color
         panel.axhspan(low, high, color=grey, alpha=0.15, linewidth=0)
-        label = f"reference of {name}, ± sd"
+        label = f"reference of {name}, ± {'sd' if reference.sd else f'{100 * study.tolerance:g} %'}"
         shown[label] = panel.axhline(reference.value, color=grey, linewidth=1, linestyle="--")
     return shown
 
