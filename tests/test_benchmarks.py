@@ -57,6 +57,7 @@ def row(physics, num_envs, program, rate, tracing=1.0, compiling=1.0):
     return {"physics": physics, "num_envs": num_envs, "program": program, "steps_per_second": speeds, **seconds}
 
 
+@pytest.mark.slow
 def test_the_environment_and_training_are_measured_and_recorded(tmp_path, capsys):
     out = tmp_path / "result.json"
     arguments = ["benchmark", "probe/lqr", "ppo", *TINY, "--algo.num_minibatches=2", "--out", str(out)]

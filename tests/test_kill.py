@@ -60,7 +60,7 @@ RUNS = {
 EPOCHS = 120
 SIZES = (
     f"--seed 3 --num-envs 4 --unroll-length 4 --total-steps {EPOCHS * 16} --iterations-per-epoch 1 "
-    "--num-evals 8 --eval-episodes 4"
+    "--num-evals 8 --eval-episodes 4 --reset-pool-size 4"
 )
 CHECKPOINTS = 12  # one every 10 epochs
 PIPE = 4096  # bytes of progress that a child writes ahead of its reader: about 50 reports

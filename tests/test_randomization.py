@@ -176,11 +176,12 @@ def test_a_draw_reaches_the_physics_of_brax(engine):
     assert np.abs(speed).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "action", "draw"),
     [
         ("playground/PointMass", (1.0, -0.5), mass_and_gravity),
-        pytest.param("brax/inverted_pendulum", (0.0,), rail_and_mass, marks=pytest.mark.slow),
+        ("brax/inverted_pendulum", (0.0,), rail_and_mass),
     ],
 )
 def test_both_engines_take_the_same_step_under_the_same_draw(name, action, draw):
