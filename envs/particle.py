@@ -3,9 +3,9 @@
 Each step equals one of the package mpe2, the successor of PettingZoo's MPE, from the same state: observations, rewards
 and endings, to 1e-5. Whole episodes part in the last digits of float32, which contacts amplify. Like mpe2, a step moves
 by the velocity before it, so that what an agent does shows a step later, and costs it that. `semi_implicit=True` moves
-by the velocity after it, as OpenAI's MPE and PettingZoo up to 1.22 did, which most published returns are of. They are
-not to be had otherwise: on simple_speaker_listener no listener who is told the goal returns more than -11.6 under the
-one and -9.0 under the other (`experiments/hasac/bound.py`).
+by the velocity after it, as OpenAI's MPE and PettingZoo up to 1.22 did, which most published returns are of. The
+two do not compare: on simple_speaker_listener no listener who is told the goal returns more than -11.6 under the one
+and -9.0 under the other (`experiments/hasac/bound.py`).
 
 obs = {"agents": [N, d] float32, zeros behind the end of shorter ones (`spec.obs_mask`), "state": [D], all agents'
 observations one behind the other, without the zeros}. reward [N]: each agent's own; the return of a team is the sum.
