@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx.checkpoint_store import FORMAT, Damaged, Store, orbax, verify
+from rlx.distributed import on_first, several
 from rlx.errors import UserError, require
 from rlx.logging import versions
 from rlx.types import PyTree
@@ -44,9 +45,13 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
+def _data(leaf: jax.Array) -> jax.Array:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
 def _host_copy(leaf: jax.Array) -> np.ndarray:
     # A copy, never a view: on a CPU `np.asarray` shares the buffer that the caller may donate next.
-    return np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    return np.array(_data(leaf))
 
 
 @jax.jit
@@ -90,18 +95,37 @@ def _compare(
 
 
 def _load(folder: Path, manifest: Mapping[str, Any], abstract: PyTree) -> PyTree:
-    values = orbax().load(folder)["leaves"]
+    """The leaves of `abstract`. Where several processes train, each reads its own parts of them alone."""
+    wanted = _named_leaves(abstract)
     impls = {path: impl for path, _, impl in manifest["leaves"]}
+    shardings = {path: getattr(like, "sharding", None) for path, like in wanted.items()}
+
+    def zeros(path: str) -> np.ndarray:
+        like = wanted[path]
+        if _is_key(like):
+            return np.zeros((*like.shape, *jax.random.key_data(jax.random.key(0, impl=impls[path])).shape), np.uint32)
+        return np.zeros(like.shape, like.dtype)
+
+    def asked(path: str) -> Any:
+        """What orbax is to make of a leaf: ... leaves it out."""
+        if path not in wanted:
+            return ...
+        if several() and shardings[path] is not None:
+            return jax.ShapeDtypeStruct(zeros(path).shape, zeros(path).dtype, sharding=shardings[path])
+        return zeros(path)
+
+    shapes = {path: json.loads(text[text.index("[") :]) for path, text, _ in manifest["leaves"]}
+    has_data = {path for path, shape in shapes.items() if 0 not in shape}
+    tree = {"step": ..., "leaves": {path: asked(path) for path in has_data}}
+    values = orbax().load(folder, tree)["leaves"] if has_data else {}
 
     def leaf(path: str, like: Any) -> jax.Array:
+        value = values[path] if path in has_data else zeros(path)
+        if not isinstance(value, jax.Array):
+            value = jnp.array(value)
         if _is_key(like):
-            shape = (*like.shape, *jax.random.key_data(jax.random.key(0, impl=impls[path])).shape)
-            data = jnp.array(values.get(path, np.zeros(shape, np.uint32)))
-            value = jax.random.wrap_key_data(data, impl=impls[path])
-        else:
-            value = jnp.array(values.get(path, np.zeros(like.shape, like.dtype)))
-        sharding = like.sharding if isinstance(like, jax.ShapeDtypeStruct) else None
-        return value if sharding is None else jax.device_put(value, sharding)
+            value = jax.random.wrap_key_data(value, impl=impls[path])
+        return value if shardings[path] is None else jax.device_put(value, shardings[path])
 
     return jax.tree_util.tree_map_with_path(lambda path, like: leaf(jax.tree_util.keystr(path), like), abstract)
 
@@ -117,6 +141,10 @@ class Checkpointer:
     whole checkpoints stay. `warn` gets a line for each checkpoint that is passed over.
 
     A write that fails in the background raises UserError at the next `save`, `save_best`, `wait` or `close`.
+
+    Where several processes train, every method but `steps` is called by each of them, and writing is not in the
+    background: each writes and reads its own parts, the first one manifests and checksums. What lies on disk is the
+    same, so a run goes on on any number of processes.
     """
 
     def __init__(
@@ -136,7 +164,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, step: int, state: PyTree) -> None:
-        """Copies `state` to the host, so that the caller may donate it at once, and writes it in the background.
+        """Copies `state` to the host and writes it in the background; the caller may donate it at once.
 
         Waits for the save before it. Raises UserError if the disk is too full; what is there stays.
         """
@@ -145,7 +173,7 @@ class Checkpointer:
     def save_best(self, step: int, policy: PyTree, value: float) -> bool:
         """Writes `policy` to `best/` if `value` is higher than that of every one before, over restarts too."""
         self._finish("best")
-        best = max((m["value"] for m in self._best.manifests().values()), default=-math.inf)
+        best = on_first(lambda: max((m["value"] for m in self._best.manifests().values()), default=-math.inf))
         if not float(value) > best:
             return False
         self._submit(self._best, step, policy, {"value": float(value)})
@@ -155,8 +183,8 @@ class Checkpointer:
         name = store.directory.name
         self._finish(name)
         leaves = {path: jnp.asarray(leaf) for path, leaf in _named_leaves(tree).items()}
-        store.directory.mkdir(parents=True, exist_ok=True)
-        self._require_space(sum(leaf.nbytes for leaf in leaves.values()))
+        num_bytes = sum(leaf.nbytes for leaf in leaves.values())
+        on_first(lambda: self._require_space(store.directory, num_bytes))
         impls = {path: str(jax.random.key_impl(leaf)) if _is_key(leaf) else None for path, leaf in leaves.items()}
         manifest = {
             "format": FORMAT,
@@ -166,10 +194,17 @@ class Checkpointer:
             "leaves": [[path, _describe(leaf), impls[path]] for path, leaf in leaves.items()],
             **extra,
         }
+        if several():
+            try:
+                store.write(int(step), {path: _data(leaf) for path, leaf in leaves.items() if leaf.size}, manifest)
+            except (UserError, OSError) as error:
+                raise self._unwritten(error) from error
+            return
         arrays = {path: _host_copy(leaf) for path, leaf in leaves.items() if leaf.size}
         self._pending[name] = self._thread.submit(store.write, int(step), arrays, manifest)
 
-    def _require_space(self, num_bytes: int) -> None:
+    def _require_space(self, folder: Path, num_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.directory).free
         if free < num_bytes + SPACE_MARGIN:
             needs, has = (num_bytes + SPACE_MARGIN) / 2**20, free / 2**20
@@ -179,7 +214,10 @@ class Checkpointer:
         future = self._pending.pop(name, None)
         error = None if future is None else future.exception()
         if error is not None:
-            raise UserError(f"a checkpoint could not be written to {self.directory}: {error}") from error
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: BaseException) -> UserError:
+        return UserError(f"a checkpoint could not be written to {self.directory}: {error}")
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk with its manifest."""
@@ -192,7 +230,7 @@ class Checkpointer:
 
     def empty(self) -> bool:
         """Whether nothing was ever committed; a damaged checkpoint counts, so that a run does not start over it."""
-        return not self._runs.folders()
+        return on_first(lambda: not self._runs.folders())
 
     def restore(
         self,
@@ -209,37 +247,53 @@ class Checkpointer:
         that is damaged or half-written is passed over with a warning. Raises UserError if none is left, or if the
         newest intact one differs in a leaf's path, shape or dtype.
         """
-        folders = self._runs.folders()
-        if step is not None and step not in folders:
-            raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {list(folders)}.")
-        order = [step] if step is not None else list(reversed(folders))
+
+        def order() -> list[int]:
+            folders = self._runs.folders()
+            if step is not None and step not in folders:
+                raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {list(folders)}.")
+            return [step] if step is not None else list(reversed(folders))
+
         return self._restore(self._runs, order, abstract_state, expect, partial)
 
     def restore_best(self, abstract_policy: PyTree, expect: Iterable[str] = ("algorithm", "env")) -> tuple[PyTree, int]:
         """The best intact Policy and its step. Raises UserError as `restore` does."""
-        manifests = self._best.manifests()
-        order = sorted(manifests, key=lambda step: -manifests[step]["value"])
+
+        def order() -> list[int]:
+            manifests = self._best.manifests()
+            return sorted(manifests, key=lambda step: -manifests[step]["value"])
+
         return self._restore(self._best, order, abstract_policy, expect)
 
     def _restore(
-        self, store: Store, order: list[int], abstract: PyTree, expect: Iterable[str], partial: bool = False
+        self,
+        store: Store,
+        order: Callable[[], list[int]],
+        abstract: PyTree,
+        expect: Iterable[str],
+        partial: bool = False,
     ) -> tuple[PyTree, int]:
         metadata = {name: self._metadata[name] for name in expect if name in self._metadata}
-        reasons = []
-        folders = store.folders()
-        for step in order:
-            folder = folders[step]
-            try:
-                manifest = verify(folder)
-            except Damaged as error:
-                store.damaged.add(step)
-                reasons.append(f"{folder.name}: {error}")
-                self._warn(f"checkpoint {folder} is passed over: {error}.")
-                continue
-            _compare(folder, manifest, abstract, metadata, partial)
-            return _load(folder, manifest, abstract), step
-        found = "; ".join(reasons) or "the folder holds none"
-        raise UserError(f"no whole checkpoint in {store.directory} ({found}).")
+
+        def choose() -> tuple[int, str, dict[str, Any]]:
+            reasons = []
+            folders = store.folders()
+            for step in order():
+                folder = folders[step]
+                try:
+                    manifest = verify(folder)
+                except Damaged as error:
+                    store.damaged.add(step)
+                    reasons.append(f"{folder.name}: {error}")
+                    self._warn(f"checkpoint {folder} is passed over: {error}.")
+                    continue
+                _compare(folder, manifest, abstract, metadata, partial)
+                return step, folder.name, manifest
+            found = "; ".join(reasons) or "the folder holds none"
+            raise UserError(f"no whole checkpoint in {store.directory} ({found}).")
+
+        step, name, manifest = on_first(choose)
+        return _load(store.directory / name, manifest, abstract), step
 
     def close(self) -> None:
         """Waits, then ends the background thread. Reading still works."""

@@ -16,8 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from rlx.distributed import is_first, on_first
 from rlx.errors import UserError
 from rlx.logging import write_atomically
 
@@ -112,24 +114,39 @@ class Store:
                 continue
         return found
 
-    def write(self, step: int, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> None:
-        """Writes one checkpoint, then removes the ones no longer kept."""
-        if not self._clean:
-            self._remove_leftovers()
+    def write(self, step: int, arrays: Mapping[str, np.ndarray | jax.Array], manifest: dict[str, Any]) -> None:
+        """Writes one checkpoint, then removes the ones no longer kept.
+
+        Where several processes train, each calls this and writes its own parts of `arrays`, which lie on the devices of
+        all; the first does the rest.
+        """
         final, new = self.directory / str(step), self.directory / f"{step}.new"
-        try:
+
+        def clear() -> None:
+            if not self._clean:
+                self._remove_leftovers()
             shutil.rmtree(new, ignore_errors=True)
-            with _saving:
-                orbax().save(new, {"step": np.array(step), "leaves": arrays})
+
+        def complete() -> None:
             manifest["files"] = _hashes(new)
             write_atomically(new / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}))
+
+        def commit() -> None:
+            self._remove(final)
+            new.rename(final)
+            self.damaged.discard(step)
+            self._retain(step)
+
+        try:
+            on_first(clear)
+            with _saving:
+                orbax().save(new, {"step": np.array(step), "leaves": arrays})
+            on_first(complete)
         except BaseException:
-            self._remove_leftovers()
+            if is_first():
+                self._remove_leftovers()
             raise
-        self._remove(final)
-        new.rename(final)
-        self.damaged.discard(step)
-        self._retain(step)
+        on_first(commit)
 
     def _retain(self, step: int) -> None:
         # Steps behind the one just written belong to a future that a restore of an earlier step gave up.

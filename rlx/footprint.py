@@ -52,6 +52,7 @@ def report(
     plan, free = schedule.plan, free_memory(schedule.num_devices)
     init, epoch, evaluate = (memory(program) for program in compiled)
     devices = f"{schedule.num_devices} device{'s' if schedule.num_devices > 1 else ''}"
+    devices += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     unused = 0 if jax.devices()[0].platform == "cpu" else len(jax.devices()) - schedule.num_devices
     where = f"{devices} ({jax.devices()[0].device_kind}{f'; {unused} more are not used' if unused else ''})"
     what = f"{plan.num_envs // plan.num_devices:,} environments each"

@@ -73,20 +73,25 @@ def group_of(path: str | os.PathLike[str]) -> Path | None:
 
 
 @contextmanager
-def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+def locked(path: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None]:
     """Holds an existing folder against other processes that train into it, until they end or are killed.
 
-    Raises UserError where one does. File systems without locks go without.
+    Raises UserError where one still does after `patience` seconds. File systems without locks go without.
     """
     import fcntl
 
-    handle = os.open(path, os.O_RDONLY)
+    handle, last = os.open(path, os.O_RDONLY), time.monotonic() + patience
     try:
         with suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{str(path)!r}: another process trains there; wait for it, or stop it.") from error
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= last:
+                        text = f"{str(path)!r}: another process trains there; wait for it, or stop it."
+                        raise UserError(text) from error
+                time.sleep(0.5)
         yield
     finally:
         os.close(handle)

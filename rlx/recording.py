@@ -17,6 +17,7 @@ import numpy as np
 
 from rlx.algorithm import Data, LearnerState, Policy
 from rlx.checkpoint import Checkpointer, first_nonfinite
+from rlx.distributed import is_first, several, told_to_stop
 from rlx.environment import Environment
 from rlx.errors import NonFiniteError, UserError, require
 from rlx.evaluation import EvalResult
@@ -38,27 +39,45 @@ from rlx.schedule import Schedule
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop sees at the epoch's end. A second Ctrl-C interrupts."""
+    """Turns SIGTERM and Ctrl-C into a request that the loop sees at the epoch's end. A second Ctrl-C interrupts.
+
+    Of several processes all stop at the same epoch's end when one of them is told to. There SIGTERM is jax's, which
+    tells the others; Ctrl-C is passed on as such.
+    """
 
     def __init__(self, quiet: bool):
         self.requested = False
+        self._told = False
         self._quiet = quiet
 
     def __enter__(self) -> StopSignal:
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+            taken = (signal.SIGINT,) if several() else (signal.SIGTERM, signal.SIGINT)
+            self._previous = {s: signal.signal(s, self._request) for s in taken}
         return self
 
+    def look(self) -> None:
+        """Of several processes, sets `requested` where all are to stop at the end of this epoch. On every process."""
+        if several() and told_to_stop():
+            self.requested = True
+            self._say("a process was told to stop")
+
     def _request(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._told and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._told = True
+        if several():
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.requested = True
+            self._say(signal.Signals(number).name)
+
+    def _say(self, why: str) -> None:
         if not self._quiet:
             # Not through the stream: it may be in the middle of a line, and refuses to be entered twice.
-            text = f"{signal.Signals(number).name}: saving at the end of this epoch, then stopping\n"
             with contextlib.suppress(OSError):
-                os.write(2, text.encode())
+                os.write(2, f"{why}: saving at the end of this epoch, then stopping\n".encode())
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
@@ -103,10 +122,15 @@ class Recorder:
         return state
 
     def attach(self, stack: contextlib.ExitStack, directory: RunDirectory, step: int | None) -> None:
-        """Writes rows and evaluations into `directory`, no checkpoints; `step` cuts what lies behind a restored one."""
-        self._directory = directory
+        """Writes rows and evaluations into `directory`, no checkpoints; `step` cuts what lies behind a restored one.
+
+        Of several processes the first one alone writes.
+        """
         if step is not None and directory.metrics_path.exists():
             self.history = [row for row in read_metrics(directory.metrics_path) if row["step"] <= step]
+        if not is_first():
+            return
+        self._directory = directory
         self.writers += [
             JsonlWriter(directory.metrics_path, step),
             TensorboardWriter(directory.tensorboard_path, step),
@@ -224,6 +248,7 @@ def describe(
             "platform": jax.default_backend(),
             "devices": [device.device_kind for device in jax.devices()],
             "devices_used": schedule.num_devices,
+            "processes": jax.process_count(),
             "cores": usable_cores(),
             "deterministic": env.spec.physics != "warp",
             "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),

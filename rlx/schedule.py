@@ -103,13 +103,22 @@ def split_devices(config: TrainConfig, num_groups: int, num_runs: int) -> tuple[
 
     `split` = "auto": runs where they divide by the devices, else environments. CPU devices share their cores; there
     runs alone are split, over as many devices as divide them (`rlx.cli.programs.spread_over_cpu` says why).
-    Environments are on request: on two cores it made nothing faster.
+    Environments are on request: on two cores it made nothing faster. Several processes split the environments of one
+    run over all their devices; nothing else, but for what each does by itself on one device (`one_device`).
 
     Raises UserError for a number that does not divide them.
     """
     found = len(jax.devices())
     wanted = config.num_devices
-    require(jax.process_count() == 1, "processes", jax.process_count(), "1: several hosts are not supported yet")
+    processes = jax.process_count()
+    if processes > 1 and not (wanted == 1 and config.split == "envs" and num_runs == 1):
+        allowed = f"0 or {found}: several processes use all their devices"
+        require(wanted in (0, found), "num_devices", wanted, allowed)
+        require(num_runs == 1, "runs in one program", num_runs, f"1 in each run of {processes} processes")
+        require(config.split in ("auto", "envs"), "split", config.split, f"auto or envs with {processes} processes")
+        allowed = f"a multiple of the {found} devices of {processes} processes, and a divisor of num_envs"
+        require(num_groups % found == 0, "num_groups", num_groups, allowed)
+        return found, 1
     more = "" if jax.devices()[0].platform != "cpu" else "; JAX_NUM_CPU_DEVICES=N makes N of a CPU"
     require(0 <= wanted <= found, "num_devices", wanted, f"from 1 to {found}, or 0 for as many as can be used{more}")
     require(config.split in ("auto", "envs", "runs"), "split", config.split, "auto, envs or runs")

@@ -44,13 +44,16 @@ def make_mesh(num_devices: int) -> Mesh | None:
 
 
 def free_memory(num_devices: int) -> int | None:
-    """Bytes free on each of `num_devices` devices, None if they do not say. CPU devices share the machine's."""
+    """Bytes free on each of `num_devices` devices, None if they do not say. CPU devices share the machine's.
+
+    Other processes have other machines' memory, as far as is known here.
+    """
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
     free = available_memory() if device.platform == "cpu" else None
-    return free // num_devices if free else None
+    return free // min(num_devices, jax.local_device_count()) if free else None
 
 
 def on_parts(function: Callable[..., Any], mesh: Mesh | None, num_shared: int = 0) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from rlx import group, settings
 from rlx.algorithm import Algorithm, Data, Key, Mode, Plan, Policy
 from rlx.compilation import Programs, compile_run
+from rlx.distributed import is_first, on_first, several
 from rlx.environment import Environment
 from rlx.epoch import EpochMetrics, TrainState
 from rlx.errors import UserError, require
@@ -34,6 +36,8 @@ from rlx.recording import (
 from rlx.schedule import Schedule, TrainConfig, make_schedule, one_device
 from rlx.sharding import without_past
 from rlx.types import Discrete, PyTree, Spec
+
+LOST = 60.0  # seconds in which processes of a run that lost one of them end, and leave its directory
 
 
 class Run(NamedTuple):
@@ -71,6 +75,7 @@ def run_epochs(
             recorder.epoch(*pending, state.learner)
             stopping = bool(on_epoch(recorder.write(pending[0])))
         iteration = schedule.after(iteration)
+        stop.look()
         pending = (iteration, metrics, recorder.time_if_ready(metrics))
         evaluates = schedule.due(iteration, config.num_evals)
         last = iteration == schedule.plan.num_iterations
@@ -120,6 +125,8 @@ def train(
         progress: where phases and progress are shown; None: a display of its own on stderr.
         writers: more places for the rows of metrics; the caller closes them.
 
+    Several processes (`rlx.distributed.start`) call this alike. `on_epoch` and `writers` are the first one's alone.
+
     Raises:
         UserError: settings that cannot work, before anything compiles; a run directory that holds another run, or into
                 which another process trains; a disk that is full.
@@ -127,13 +134,15 @@ def train(
     """
     config = algorithm.Config() if config is None else config
     schedule = make_schedule(env, train_config)
+    allowed = "0: several processes train on all their devices"
+    require(not several() or schedule.num_devices > 1, "num_devices", train_config.num_devices, allowed)
     plan = schedule.plan
     built = build_algorithm(algorithm, config, env, plan)
     check_policy(built, init_policy)
     data = check_data(algorithm, config, built, env, data)
     init_policy = jax.device_get(init_policy)  # it may lie on other devices than this run will
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the run")
-    progress = progress or Progress()
+    progress = progress or Progress(quiet=not is_first())
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
     description = describe(algorithm, env, train_config, config, schedule, data) | dict(record or {})
     directory = None
@@ -143,33 +152,36 @@ def train(
         check_alone(directory)
         say_other_devices(directory.config, description, progress)
     elif run_dir is not None:
-        RunDirectory.check_free(run_dir, overwrite)
+        on_first(lambda: RunDirectory.check_free(run_dir, overwrite))
     key = jax.random.key(train_config.seed)
     make = maker(algorithm, config, env, plan)
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        held = run_dir is not None and Path(run_dir).is_dir()  # a run to resume, or to overwrite
+        patience = LOST if several() else 0.0
+        held = on_first(lambda: run_dir is not None and Path(run_dir).is_dir())  # a run to resume, or to overwrite
         if held:
-            stack.enter_context(locked(str(run_dir)))
+            on_first(lambda: stack.enter_context(locked(str(run_dir), patience)))
         programs = compile_run(env, make, schedule, train_config, key, {}, init_policy, progress, data)
         if directory:
-            note_resume(directory, progress)
+            on_first(partial(note_resume, directory, progress))
         elif run_dir is not None:
-            directory = RunDirectory.create(run_dir, description, overwrite)
+            on_first(lambda: bool(RunDirectory.create(run_dir, description, overwrite)))
+            directory = RunDirectory.open(run_dir)
             if not held:
-                stack.enter_context(locked(directory.path))
+                on_first(lambda: stack.enter_context(locked(directory.path, patience)))
         stop = stack.enter_context(StopSignal(progress.quiet))
         state, recorder = None, Recorder(plan.steps_per_iteration, progress)
         if directory:
             state = recorder.open(stack, directory, train_config.keep_checkpoints, resume, programs.abstract_state)
-        recorder.writers += writers
+        recorder.writers += writers if is_first() else ()
         if state is None:
             state = programs.init(key, {}, init_policy, programs.arrays)
+        asked = on_epoch and (lambda row: on_first(lambda: bool(on_epoch(row))))
         with progress.phase("training"):
-            state = run_epochs(programs, {}, schedule, train_config, state, recorder, stop, on_epoch)
+            state = run_epochs(programs, {}, schedule, train_config, state, recorder, stop, asked)
     interrupted = int(state.iteration) < plan.num_iterations
     if directory:
-        draw_curve(directory, progress)
+        on_first(partial(draw_curve, directory, progress))
     return Run(state, recorder.history, built.policy(state.learner, "greedy"), interrupted)
 
 

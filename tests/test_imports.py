@@ -32,7 +32,7 @@ DRIVER |= {
     "sweep",
 }
 MEASURED = {"experiments.benchmarks.against_peers", "experiments.benchmarks.sac_updates"}  # beside brax's trainers
-DRIVER |= {"data_checks", "data_file", "collection", "rolling"}
+DRIVER |= {"data_checks", "data_file", "collection", "rolling", "distributed"}
 DRIVER |= {"study", "results", "findings", "documents", "pictures", "report"}
 
 

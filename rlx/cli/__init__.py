@@ -9,12 +9,15 @@ import contextlib
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rlx import __version__
 from rlx.cli.collection import collect
 from rlx.cli.inspection import benchmark, doctor, evaluate, list_names, plot
+from rlx.cli.processes import joined, take_flags
 from rlx.cli.runs import resume, train
 from rlx.cli.studies import reproduce
 from rlx.cli.sweeps import sweep
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     keep_compiled_programs()
     try:
-        return dispatch([argument for argument in arguments if argument != "--debug"])
+        return dispatch([argument for argument in arguments if argument != "--debug"], debug)
     except SystemExit as exit:  # argparse and tyro have said why
         return exit.code if isinstance(exit.code, int) else 2
     except BrokenPipeError:  # `rlx list envs | head`
@@ -72,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(error)
 
 
-def report(error: Exception) -> int:
-    """One line on stderr for an exception, and the exit status."""
+def report(error: Exception, debug: bool = False) -> int:
+    """One line on stderr for an exception, behind its traceback with `debug`, and the exit status."""
+    if debug:
+        traceback.print_exception(error)
     if isinstance(error, UserError | OSError):
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,7 +87,7 @@ def report(error: Exception) -> int:
     return 1
 
 
-def dispatch(arguments: list[str]) -> int:
+def dispatch(arguments: list[str], debug: bool) -> int:
     """Runs the command that `arguments` begin with."""
     commands = {"train": train, "sweep": sweep, "resume": resume, "evaluate": evaluate, "plot": plot}
     commands |= {"list": list_names, "doctor": doctor, "benchmark": benchmark, "reproduce": reproduce}
@@ -95,4 +100,10 @@ def dispatch(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in commands:
         raise unknown("command", arguments[0], commands)
-    return commands[arguments[0]](arguments[1:])
+    if "--distributed" not in arguments or "--help" in arguments or "-h" in arguments:
+        return commands[arguments[0]](arguments[1:])
+    if arguments[0] not in ("train", "resume"):
+        raise UserError(f"--distributed is for `rlx train` and `rlx resume`, not for `rlx {arguments[0]}`.")
+    flags, rest = take_flags(arguments[1:])
+    with joined(flags, partial(report, debug=debug)):
+        return commands[arguments[0]](rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from rlx.cli.pairs import (
     start_policy,
     with_overrides,
 )
+from rlx.cli.processes import begun, writes
 from rlx.cli.programs import spread_over_cpu
 from rlx.cli.sweeps import go_on, is_sweep
 from rlx.errors import UserError, require
@@ -34,6 +36,10 @@ TRAIN_HELP = """\
 usage: rlx train ALGORITHM ENV [--total-steps N] [--num-envs N] [--seed S] [--num-seeds K] [--run-dir DIR]
                  [--from RUN_DIR] [--data FILE[:SHARE] ...] [--physics P] [--config FILE] [--overwrite] [--quiet]
                  [--algo.FIELD V ...] [--env.KEY V ...]
+                 [--distributed [--coordinator HOST:PORT --num-processes N --process-index I] [--start-timeout S]]
+
+Several processes run the same command with --distributed; begun again, it goes on with the run in --run-dir. TPU pods,
+SLURM and Open MPI say where the others are, and which this is; elsewhere the three flags do.
 
 `rlx train ALGORITHM ENV --help` lists every setting with its default for that pair.
 """
@@ -45,7 +51,7 @@ def train(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[0].startswith("-") or arguments[1].startswith("-"):
         print(TRAIN_HELP, end="", file=sys.stdout if wants_help else sys.stderr)
         return 0 if wants_help else 2
-    quiet = wants_help or "--quiet" in arguments
+    quiet = wants_help or "--quiet" in arguments or not writes()
     pair = find_pair(*arguments[:2])
     if any(word.replace("_", "-").startswith("--num-seeds") for word in arguments):
         spread_over_cpu()  # before a file of the user's begins JAX, here as in `resume`
@@ -54,6 +60,7 @@ def train(arguments: list[str]) -> int:
             algorithm = load_algorithm(pair)
             from rlx import training
             from rlx.arguments import parse_train
+            from rlx.distributed import on_first
         options, merged = parse_train(pair.env, pair.algorithm, arguments[2:], training.TrainConfig, algorithm.Config)
         pair = with_overrides(pair._replace(physics=options.physics), settings.values(merged, "env."))
         merged |= {f"env.{key}": merged[f"env.{key}"]._replace(value=value) for key, value in pair.overrides.items()}
@@ -61,6 +68,8 @@ def train(arguments: list[str]) -> int:
         config = settings.build(algorithm.Config, settings.values(merged, "algo."))
         require(options.num_seeds >= 1, "num_seeds", options.num_seeds, "at least 1")
         many = options.num_seeds > 1
+        require(not (many and begun()), "num_seeds", options.num_seeds, "1: several processes train one run at a time")
+        require(bool(options.run_dir) or not begun(), "run_dir", "", "several processes need its name: --run-dir DIR")
         if many:
             spread_over_cpu(options.num_seeds)
         require(not (many and options.wandb), "--wandb", options.wandb, "it takes one run at a time")
@@ -74,11 +83,15 @@ def train(arguments: list[str]) -> int:
             start = options.from_run and str(Path(options.from_run).absolute())
             policy = start_policy(start, pair.physics, env, algorithm, train_config, config)
             data = load_data([split_share(file) for file in options.data], pair, env, quiet)
+        goes_on = begun() and not options.overwrite and on_first(lambda: (run_dir / "config.json").is_file())
         record = {**describe(pair), "from": start, "wandb": options.wandb}
         record["command"] = shlex.join(["rlx", "train", *arguments])
         record["settings"] = settings.entries(merged)
         keywords: dict[str, Any] = {"run_dir": run_dir, "overwrite": options.overwrite, "init_policy": policy}
         keywords |= {"progress": shown, "data": data}
+        if goes_on:
+            check_same_start(RunDirectory.open(run_dir).config, record)
+            keywords |= {"overwrite": False, "resume": True}
         if not many:
             return finish(training.train(env, algorithm, train_config, config, record=record, **keywords), run_dir)
         runs = {
@@ -92,15 +105,30 @@ def train(arguments: list[str]) -> int:
         return finish_many(training.train_many(env, algorithm, runs, records=records, **keywords), run_dir)
 
 
+def check_same_start(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises UserError where the run that a directory holds was begun with another environment or policy."""
+    for name in ("env_overrides", "from"):
+        was, now = recorded.get(name), json.loads(json.dumps(given[name]))
+        require(was == now, name, now, f"the run to go on with was begun with {was!r}")
+
+
 def finish(run: Any, run_dir: Path) -> int:
     """The last lines of a run on stdout, and its exit status."""
     if run.interrupted:
-        print(f"stopped at step {run.history[-1]['step'] if run.history else 0:,}; go on with: rlx resume {run_dir}")
+        how = "the same command again" if begun() else f"rlx resume {run_dir}"
+        step = run.history[-1]["step"] if run.history else 0
+        tell(f"stopped at step {step:,}; go on with: {how}")
         return 130
     returns = [row["eval/return"] for row in run.history if "eval/return" in row]
     text = f"; mean return of the last evaluation: {returns[-1]:.4g}" if returns else ""
-    print(f"done: {run_dir}{text}")
+    tell(f"done: {run_dir}{text}")
     return 0
+
+
+def tell(text: str) -> None:
+    """A line on stdout, of the process that writes."""
+    if writes():
+        print(text)
 
 
 def finish_many(runs: Mapping[str, Any], run_dir: Path) -> int:
@@ -131,6 +159,9 @@ def resume(arguments: list[str]) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
     options = parser.parse_args(arguments)
+    quiet = options.quiet or not writes()
+    one = not is_sweep(options.run_dir) and len(run_directories(options.run_dir)) == 1
+    require(one or not begun(), "RUN_DIR", options.run_dir, "a single run: several processes train one at a time")
     if is_sweep(options.run_dir):
         with Progress(quiet=options.quiet) as shown:
             return go_on(Path(options.run_dir).absolute(), shown, options.num_devices)
@@ -140,7 +171,7 @@ def resume(arguments: list[str]) -> int:
     recorded = RunDirectory.open(members[0]).config
     if len(members) > 1:
         spread_over_cpu(len(members))
-    with Progress(quiet=options.quiet) as shown:
+    with Progress(quiet=quiet) as shown:
         with shown.phase("building"):
             run = load_run(members[0])
             from rlx import training
@@ -154,7 +185,7 @@ def resume(arguments: list[str]) -> int:
                 allowed = f"the {len(files)} files that the run began with, in their order"
                 require(len(options.data) == len(files), "--data", options.data, allowed)
                 files = [(moved, share) for moved, (_, share) in zip(options.data, files, strict=True)]
-            data = load_data(files, run.pair, run.env, options.quiet)
+            data = load_data(files, run.pair, run.env, quiet)
         keywords: dict[str, Any] = {"init_policy": policy, "progress": shown, "resume": True, "data": data}
         own = describe(run.pair)
         folder = Path(options.run_dir).absolute()
@@ -162,6 +193,8 @@ def resume(arguments: list[str]) -> int:
         def here(train_config: Any) -> Any:
             """The settings of a run on the devices that it goes on on."""
             given = options.num_devices
+            if begun():
+                train_config = dataclasses.replace(train_config, num_devices=0, split="auto")
             return train_config if given is None else dataclasses.replace(train_config, num_devices=given)
 
         if members == [folder]:

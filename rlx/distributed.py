@@ -1,0 +1,184 @@
+"""Several processes, one run: start-up through `jax.distributed`, and how they agree.
+
+Every process runs the same program; the first one alone writes logs and shows progress. A function here that says "on
+every process" must be called by all of them, in the same order. With one process it does nothing that costs.
+
+What stays exact when a run goes on on another number of processes or devices: parameters, optimiser, step, and all else
+that a checkpoint holds, bit for bit. What it learns from then on differs by rounding, as over devices
+(`rlx/sharding.py`). On as many devices as before, in however many processes, each device does the same work; only the
+order in which gradients are summed between processes may differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from rlx.errors import UserError, require
+from rlx.logging import versions
+
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost, and the others end
+LEAVE = 15  # seconds that a process which ends waits for the others
+T = TypeVar("T")
+_calls = itertools.count(1)
+
+
+def started() -> bool:
+    """Whether this process was told to be one of several, of which there may be one."""
+    return jax.distributed.is_initialized()
+
+
+def several() -> bool:
+    """Whether this run has more than one process."""
+    return started() and jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return not several() or jax.process_index() == 0
+
+
+def start(
+    coordinator: str = "", num_processes: int | None = None, process_index: int | None = None, timeout: float = 60
+) -> None:
+    """Joins the other processes of a run, before JAX has looked for devices. On every process.
+
+    Args:
+        coordinator: HOST:PORT at which process 0 can be reached; with nothing given, TPU pods, SLURM and Open MPI say.
+        num_processes, process_index: how many there are, and which of them this is.
+        timeout: seconds in which all must have begun.
+
+    Raises UserError for settings that cannot be, a process that does not come in time, an address that nobody answers,
+    and processes with different versions. Afterwards this process should end: jax still waits in a thread.
+    """
+    given = (bool(coordinator), num_processes is not None, process_index is not None)
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num-processes and --process-index go together: all three, or none of them.")
+    if num_processes is not None and process_index is not None:
+        require(num_processes >= 1, "num_processes", num_processes, "at least 1")
+        require(0 <= process_index < num_processes, "process_index", process_index, f"from 0 to {num_processes - 1}")
+        host, _, port = coordinator.rpartition(":")
+        require(bool(host) and port.isdigit() and 0 < int(port) < 2**16, "coordinator", coordinator, "HOST:PORT")
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+        except OSError as error:
+            raise UserError(
+                f"coordinator = {coordinator!r} is not possible: no address for {host!r}: {error}"
+            ) from error
+    joined: Future[None] = Future()
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator or None,
+                num_processes,
+                process_index,
+                # Later than `timeout`: at its own, jax ends the process with a stack trace and no word of the cause.
+                initialization_timeout=int(timeout) + 30,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=LEAVE,
+            )
+            joined.set_result(None)
+        except BaseException as error:
+            joined.set_exception(error)
+
+    threading.Thread(target=join, daemon=True, name="join").start()
+    try:
+        joined.result(timeout)
+    except TimeoutError:
+        raise UserError(why_alone(coordinator, num_processes, process_index, timeout)) from None
+    except ValueError as error:
+        raise UserError(
+            f"no TPU pod, SLURM or Open MPI job was found here ({error}): --coordinator HOST:PORT, "
+            "--num-processes N and --process-index I say what it would have."
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"the processes could not join at {coordinator!r}: {str(error).splitlines()[0]}") from error
+    check_versions()
+
+
+def why_alone(coordinator: str, num_processes: int | None, process_index: int | None, timeout: float) -> str:
+    """What is most likely wrong where not all processes have joined in time."""
+    after = f"after {timeout:g} s"
+    if process_index is None:
+        return f"the processes of this job have not all begun {after}."
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return (
+            f"nobody answers at {coordinator!r} {after} ({error}): is process 0 running, is that its address, and is "
+            "the port open?"
+        )
+    return f"not all {num_processes} processes have come to {coordinator!r} {after}: is one missing?"
+
+
+def check_versions() -> None:
+    """Raises UserError where a process has another version of what decides a run's numbers. On every process."""
+    if not several():
+        return
+    found = gather(versions())
+    for index, other in enumerate(found):
+        for name in {**found[0], **other}:
+            was, has = found[0].get(name, "none"), other.get(name, "none")
+            if was != has:
+                raise UserError(
+                    f"the processes have different versions: {name} is {was} on process 0 and {has} on process {index}."
+                )
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value`s, any JSON, of all processes, in their order. On every process."""
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.zeros(2 ** int(max(sizes) - 1).bit_length(), np.uint8)  # few sizes, few programs
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """What `function` gives, any JSON, on the first process, which alone calls it. On every process.
+
+    No process goes on before it has returned. A UserError or OSError of the first process is a UserError of all.
+    """
+    if not several():
+        return function()
+    from jax.experimental import multihost_utils
+
+    answer: dict[str, Any] = {}
+    if is_first():
+        try:
+            answer = {"value": function()}
+        except (UserError, OSError) as error:
+            answer = {"error": str(error)}
+    data = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    padded = np.zeros(2 ** (size - 1).bit_length(), np.uint8)
+    padded[: data.size] = data[: padded.size]
+    answer = json.loads(multihost_utils.broadcast_one_to_all(padded)[:size].tobytes())
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
+def told_to_stop() -> bool:
+    """Whether all processes stop now, because one of them got SIGTERM. On every process, once an epoch.
+
+    jax's preemption service carries the word between the hosts, so the devices are not kept waiting: it finds the
+    furthest call of this that any process has made, and all stop at the next. So calls are counted from the start of
+    the process, not of the run: a run that goes on would else have passed the call that is found before its first.
+    """
+    from jax.experimental import multihost_utils
+
+    return several() and bool(multihost_utils.reached_preemption_sync_point(next(_calls)))
