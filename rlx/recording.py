@@ -47,7 +47,7 @@ class StopSignal:
 
     def __init__(self, quiet: bool):
         self.requested = False
-        self._told = False
+        self._told = False  # of several processes: the others may not know yet
         self._quiet = quiet
 
     def __enter__(self) -> StopSignal:
@@ -64,10 +64,10 @@ class StopSignal:
             self._say("a process was told to stop")
 
     def _request(self, number: int, frame: Any) -> None:
-        if self._told and number == signal.SIGINT:
+        if (self.requested or self._told) and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._told = True
         if several():
+            self._told = True
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.requested = True

@@ -147,7 +147,7 @@ def train(
     description = describe(algorithm, env, train_config, config, schedule, data) | dict(record or {})
     directory = None
     if run_dir is not None and resume:
-        directory = RunDirectory.open(run_dir)
+        directory = RunDirectory(Path(run_dir).absolute(), on_first(lambda: RunDirectory.open(run_dir).config))
         check_same_settings(directory.config, description)
         check_alone(directory)
         say_other_devices(directory.config, description, progress)
@@ -165,8 +165,8 @@ def train(
         if directory:
             on_first(partial(note_resume, directory, progress))
         elif run_dir is not None:
-            on_first(lambda: bool(RunDirectory.create(run_dir, description, overwrite)))
-            directory = RunDirectory.open(run_dir)
+            full = on_first(lambda: RunDirectory.create(run_dir, description, overwrite).config)
+            directory = RunDirectory(Path(run_dir).absolute(), full)
             if not held:
                 on_first(lambda: stack.enter_context(locked(directory.path, patience)))
         stop = stack.enter_context(StopSignal(progress.quiet))

@@ -149,7 +149,8 @@ def finish_many(runs: Mapping[str, Any], run_dir: Path) -> int:
 
 def resume(arguments: list[str]) -> int:
     """`rlx resume RUN_DIR [--data FILE ...]`."""
-    parser = argparse.ArgumentParser("rlx resume", description="Go on with a run that was stopped.", allow_abbrev=False)
+    text, more = "Go on with a run that was stopped.", "--distributed and what belongs to it: as for `rlx train`."
+    parser = argparse.ArgumentParser("rlx resume", description=text, epilog=more, allow_abbrev=False)
     parser.add_argument("run_dir")
     parser.add_argument(
         "--num-devices", type=int, metavar="N", help="others than it was begun with; 0: as many as it can"
