@@ -26,9 +26,10 @@ from rlx.errors import UserError, require
 from rlx.logging import versions
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost, and the others end
+WAIT = 3600  # seconds in which the first process must have done what the others wait for
 LEAVE = 15  # seconds that a process which ends waits for the others
 T = TypeVar("T")
-_calls = itertools.count(1)
+_calls, _epochs = itertools.count(), itertools.count(1)
 
 
 def started() -> bool:
@@ -155,6 +156,7 @@ def on_first(function: Callable[[], T]) -> T:
     if not several():
         return function()
     from jax.experimental import multihost_utils
+    from orbax.checkpoint.multihost import get_barrier_sync_fn
 
     answer: dict[str, Any] = {}
     if is_first():
@@ -162,6 +164,8 @@ def on_first(function: Callable[[], T]) -> T:
             answer = {"value": function()}
         except (UserError, OSError) as error:
             answer = {"error": str(error)}
+    # Not on the devices, where gloo waits for half a minute at most: a large checkpoint takes longer to be summed up.
+    get_barrier_sync_fn()(key=f"rlx on first {next(_calls)}", timeout_ms=WAIT * 1000)
     data = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
     padded = np.zeros(2 ** (size - 1).bit_length(), np.uint8)
@@ -181,4 +185,4 @@ def told_to_stop() -> bool:
     """
     from jax.experimental import multihost_utils
 
-    return several() and bool(multihost_utils.reached_preemption_sync_point(next(_calls)))
+    return several() and bool(multihost_utils.reached_preemption_sync_point(next(_epochs)))
