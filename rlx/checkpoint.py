@@ -125,7 +125,7 @@ def _load(folder: Path, manifest: Mapping[str, Any], abstract: PyTree) -> PyTree
             value = jnp.array(value)
         if _is_key(like):
             value = jax.random.wrap_key_data(value, impl=impls[path])
-        return value if shardings[path] is None else jax.device_put(value, shardings[path])
+        return value if shardings[path] is None else jax.device_put(value, shardings[path])  # there already, if read so
 
     return jax.tree_util.tree_map_with_path(lambda path, like: leaf(jax.tree_util.keystr(path), like), abstract)
 

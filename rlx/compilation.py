@@ -21,7 +21,7 @@ from rlx.evaluation import EvalResult, make_evaluate
 from rlx.logging import Progress
 from rlx.rollout import make_source
 from rlx.schedule import Schedule, TrainConfig
-from rlx.sharding import AXIS, make_mesh, placement
+from rlx.sharding import AXIS, make_mesh, place, placement
 from rlx.types import PyTree
 
 # XLA hands matrix products to YNNPACK, which packs both sides of each anew. Without it, on two cores, epochs of SAC are
@@ -114,7 +114,7 @@ def compile_run(
         compiled = [compile_program(program.lower()) for program in traced]
     programs = (compiled[0], compiled[1], compiled[-1])
     footprint.report(programs, state, arrays, schedule, key.size, progress)
-    return Programs(*programs, state, jax.device_put(arrays, whole))
+    return Programs(*programs, state, place(arrays, whole))
 
 
 def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

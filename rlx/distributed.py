@@ -27,7 +27,7 @@ from rlx.logging import versions
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost, and the others end
 WAIT = 3600  # seconds in which the first process must have done what the others wait for
-LEAVE = 15  # seconds that a process which ends waits for the others
+LEAVE = 30  # seconds that a process which ends waits for the others
 T = TypeVar("T")
 _calls, _epochs = itertools.count(), itertools.count(1)
 
@@ -164,7 +164,8 @@ def on_first(function: Callable[[], T]) -> T:
             answer = {"value": function()}
         except (UserError, OSError) as error:
             answer = {"error": str(error)}
-    # Not on the devices, where gloo waits for half a minute at most: a large checkpoint takes longer to be summed up.
+    # On the hosts, not on the devices: gloo gives processes half a minute to come to what they first do together, and
+    # the checksums of a large checkpoint take longer.
     get_barrier_sync_fn()(key=f"rlx on first {next(_calls)}", timeout_ms=WAIT * 1000)
     data = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))

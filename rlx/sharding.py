@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -102,6 +103,14 @@ def bytes_per_env(tree: PyTree) -> int:
     """Of all leaves in `per_env` classes, on all devices together."""
     parts = [node for node in jax.tree.leaves(tree, is_leaf=is_per_env) if is_per_env(node)]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
+
+
+def place(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
+    """Arrays that every process has whole, as `sharding` says; on the first device if it says nothing."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    # device_put would send each of them around, to see that all have the same.
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__), tree)
 
 
 def placement(tree: PyTree, mesh: Mesh, lead: tuple[str | None, ...] = ()) -> PyTree:

@@ -183,8 +183,8 @@ def test_two_processes_train_one_run_and_begun_again_it_is_done(tmp_path):
     assert "2 devices of 2 processes (cpu): 2 environments each" in Processes(2, *arguments).succeed()
     assert [row["step"] for row in rows(folder)] == [16 * epoch for epoch in range(7)]
     assert "resuming at step 96\n" in Processes(2, *arguments).succeed()
-    for status, out, err in Processes(2, *arguments, "--seed", 4).finish():
-        assert (status, out.count("\n") < 2) == (2, True) and "train.seed = 4" in err, err
+    for status, _, err in Processes(2, *arguments, "--seed", 4).finish():
+        assert status == 2 and "train.seed = 4" in err, err
 
 
 SLOW = pytest.mark.slow
