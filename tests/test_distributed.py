@@ -177,14 +177,16 @@ def test_a_process_that_does_not_come_and_an_address_that_nobody_answers_are_tol
 # Runs.
 
 
-def test_two_processes_train_one_run_and_begun_again_it_is_done(tmp_path):
-    folder, small = tmp_path / "run", ["--total-steps", 16 * 6, "--num-evals", 2]
-    arguments = ["train", "ppo", *RUNS["ppo"].split(), *SIZES.split(), *small, "--run-dir", folder]
-    assert "2 devices of 2 processes (cpu): 2 environments each" in Processes(2, *arguments).succeed()
-    assert [row["step"] for row in rows(folder)] == [16 * epoch for epoch in range(7)]
-    assert "resuming at step 96\n" in Processes(2, *arguments).succeed()
-    for status, _, err in Processes(2, *arguments, "--seed", 4).finish():
-        assert status == 2 and "train.seed = 4" in err, err
+def short(folder: Path, *more: object) -> Processes:
+    """Two processes, six epochs."""
+    small = ["--total-steps", 16 * 6, "--num-evals", 2, "--run-dir", folder]
+    return Processes(2, "train", "ppo", *RUNS["ppo"].split(), *SIZES.split(), *small, *more)
+
+
+def test_two_processes_train_one_run(tmp_path):
+    assert "2 devices of 2 processes (cpu): 2 environments each" in short(tmp_path / "run").succeed()
+    assert [row["step"] for row in rows(tmp_path / "run")] == [16 * epoch for epoch in range(7)]
+    assert Checkpointer(tmp_path / "run" / "checkpoints").steps() == [80, 96]
 
 
 SLOW = pytest.mark.slow
@@ -308,6 +310,15 @@ rlx.logging.versions = lambda: found
 from rlx.cli import main
 sys.exit(main())
 """
+
+
+@SLOW
+def test_the_command_begun_again_is_done_and_one_with_other_settings_is_refused(tmp_path):
+    short(tmp_path / "run").succeed()
+    assert "resuming at step 96\n" in short(tmp_path / "run").succeed()
+    for more, message in ((("--seed", 4), "train.seed = 4"), (("--env.scale", 2), "env_overrides = {'scale': 2}")):
+        for status, _, err in short(tmp_path / "run", *more).finish():
+            assert status == 2 and message in err, err
 
 
 @SLOW
