@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlx import storage
 from rlx.checkpoint_store import FORMAT, Damaged, Store, orbax, verify
 from rlx.distributed import on_first, several
 from rlx.errors import UserError, require
@@ -155,7 +156,7 @@ class Checkpointer:
         warn: Callable[[str], None] = _warn,
     ):
         require(keep >= 1, "keep", keep, "at least 1 checkpoint")
-        self.directory = Path(directory).absolute()
+        self.directory: Path = storage.home(directory)
         self._metadata = json.loads(json.dumps(dict(metadata)))  # as a manifest gives it back
         self._warn = warn
         self._runs = Store(self.directory, keep)
@@ -183,8 +184,9 @@ class Checkpointer:
         name = store.directory.name
         self._finish(name)
         leaves = {path: jnp.asarray(leaf) for path, leaf in _named_leaves(tree).items()}
-        num_bytes = sum(leaf.nbytes for leaf in leaves.values())
-        on_first(lambda: self._require_space(store.directory, num_bytes))
+        if not storage.is_remote(store.directory):  # there are no folders, and no disk to fill
+            num_bytes = sum(leaf.nbytes for leaf in leaves.values())
+            on_first(lambda: self._require_space(store.directory, num_bytes))
         impls = {path: str(jax.random.key_impl(leaf)) if _is_key(leaf) else None for path, leaf in leaves.items()}
         manifest = {
             "format": FORMAT,

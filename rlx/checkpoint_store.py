@@ -3,6 +3,10 @@
 `<directory>/<step>/` is an orbax checkpoint with `manifest.json` inside. It is written as `<step>.new`, its manifest
 last (sha256 of every file, since orbax loads a damaged file silently), then renamed, and only then are older ones
 removed. So a process killed at any moment leaves every whole checkpoint that was there before.
+
+Object storage renames nothing (`rlx.storage`): there `<step>/` is written in place, and it is a checkpoint only once
+its manifest, the last object, is there; whatever is removed loses its manifest first. A process that finds that
+another has claimed the run leaves its own half there, for the next writer to remove.
 """
 
 from __future__ import annotations
@@ -12,13 +16,14 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from rlx import storage
 from rlx.distributed import is_first, on_first
 from rlx.errors import UserError
 from rlx.logging import write_atomically
@@ -39,10 +44,18 @@ def orbax() -> Any:
 
 def _hashes(folder: Path) -> dict[str, str]:
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
-        with open(path, "rb") as file:
+    for path in sorted(p for p in _files(folder) if p != folder / MANIFEST):
+        with path.open("rb") as file:
             found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if not path.is_dir():
+            yield path
+        elif path != folder:  # object storage may list a folder inside itself
+            yield from _files(path)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -93,14 +106,18 @@ class Store:
         self.directory = directory
         self.keep = keep
         self.damaged: set[int] = set()  # found so by a restore; they do not count as kept
+        self._remote = storage.is_remote(directory)
         self._clean = False
 
     def folders(self) -> dict[int, Path]:
-        """Committed checkpoints by step, ascending; `.new` with a manifest lacks only its last renaming."""
+        """Committed checkpoints by step, ascending; `.new` with a manifest lacks only its last renaming.
+
+        On object storage, those with a manifest.
+        """
         found: dict[int, Path] = {}
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
             match = re.fullmatch(r"(\d+)(\.new)?", path.name)
-            if match and (not match[2] or (path / MANIFEST).exists()):
+            if match and (not (match[2] or self._remote) or (path / MANIFEST).exists()):
                 found[int(match[1])] = path if not match[2] else found.get(int(match[1]), path)
         return dict(sorted(found.items()))
 
@@ -120,20 +137,27 @@ class Store:
         Where several processes train, each calls this and writes its own parts of `arrays`, which lie on the devices of
         all; the first does the rest.
         """
-        final, new = self.directory / str(step), self.directory / f"{step}.new"
+        run, final = self.directory.parent, self.directory / str(step)
+        new = final if self._remote else self.directory / f"{step}.new"
 
         def clear() -> None:
+            storage.check_writer(run)
             if not self._clean:
                 self._remove_leftovers()
-            shutil.rmtree(new, ignore_errors=True)
+            self._clean = False  # until it is whole
+            self._remove(new)
 
         def complete() -> None:
             manifest["files"] = _hashes(new)
-            write_atomically(new / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}))
+            text = json.dumps({**manifest, "sha256": _digest(manifest)})
+            storage.check_writer(run)
+            (new / MANIFEST).write_text(text) if self._remote else write_atomically(new / MANIFEST, text)
 
         def commit() -> None:
-            self._remove(final)
-            new.rename(final)
+            if not self._remote:
+                self._remove(final)
+                new.rename(final)
+            self._clean = True
             self.damaged.discard(step)
             self._retain(step)
 
@@ -143,7 +167,7 @@ class Store:
                 orbax().save(new, {"step": np.array(step), "leaves": arrays})
             on_first(complete)
         except BaseException:
-            if is_first():
+            if is_first() and not self._remote:
                 self._remove_leftovers()
             raise
         on_first(commit)
@@ -157,7 +181,10 @@ class Store:
         self.damaged.clear()
 
     def _remove(self, folder: Path) -> None:
-        if folder.exists():
+        if self._remote:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            storage.remove(folder)
+        elif folder.exists():
             old = folder.with_name(f"{folder.name}.old")  # renamed first: a folder half removed must not look whole
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
@@ -166,6 +193,10 @@ class Store:
     def _remove_leftovers(self) -> None:
         """What a killed process left. Only a writer does this: a reader may look while another process writes."""
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
+            if self._remote:
+                if re.fullmatch(r"\d+", path.name) and not (path / MANIFEST).exists():
+                    storage.remove(path)
+                continue
             if re.fullmatch(r"\d+\.new", path.name) and (path / MANIFEST).exists():
                 final = path.with_suffix("")
                 if not final.exists():

@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import socket
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from rlx import storage
 from rlx.errors import UserError, require
 from rlx.logging import versions
 
@@ -103,6 +107,8 @@ def start(
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"the processes could not join at {coordinator!r}: {str(error).splitlines()[0]}") from error
+    if not is_first():  # of this machine, maybe, whose logs are another's to write
+        os.environ["RLX_STAGING"] = str(storage.staging() / f"process-{jax.process_index()}")
     check_versions()
 
 
@@ -175,6 +181,33 @@ def on_first(function: Callable[[], T]) -> T:
     if "error" in answer:
         raise UserError(answer["error"])
     return answer["value"]
+
+
+def check_shared(folder: Path) -> None:
+    """Raises UserError where a process cannot write what is to become `folder`, or does not see what the first writes.
+
+    On every process.
+    """
+    if not several() or storage.is_remote(storage.home(folder)):
+        return
+
+    def write() -> str:
+        parent = next(path for path in (folder, *folder.parents) if path.is_dir())
+        handle, name = tempfile.mkstemp(prefix=".rlx-", dir=parent)
+        os.close(handle)
+        return name
+
+    try:
+        name = on_first(write)
+    except UserError as error:
+        raise UserError(f"run_dir = {str(folder)!r} cannot be written to: {error}") from error
+    seen = gather(os.path.exists(name))
+    on_first(lambda: os.unlink(name))
+    if not all(seen):
+        raise UserError(
+            f"run_dir = {str(folder)!r} lies on a disk of process 0 that process {seen.index(False)} does not see: name "
+            "a folder on a file system that all share, or gs://BUCKET/PATH."
+        )
 
 
 def told_to_stop() -> bool:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlx import storage
 from rlx.algorithm import LearnerState, Policy
 from rlx.checkpoint import Checkpointer
 from rlx.errors import NonFiniteError, UserError, require
@@ -33,7 +34,7 @@ from rlx.logging import (
     run_directories,
     write_atomically,
 )
-from rlx.recording import Recorder, open_checkpoints, restore_newest
+from rlx.recording import Recorder, mirror, open_checkpoints, restore_newest
 from rlx.rollout import where_done
 from rlx.schedule import check_seed
 from rlx.types import PyTree
@@ -47,7 +48,8 @@ def check_free(run_dir: str | Path, names: Sequence[str], overwrite: bool) -> No
     if not (folder / RUNS).is_file():
         RunDirectory.check_free(folder)
     elif not overwrite:
-        raise UserError(f"{str(folder)!r} already holds runs: use `rlx resume {folder}`, or --overwrite.")
+        name = os.fspath(storage.home(folder))
+        raise UserError(f"{name!r} already holds runs: use `rlx resume {name}`, or --overwrite.")
     for name in names:
         RunDirectory.check_free(folder / name, overwrite)
 
@@ -68,9 +70,11 @@ def create(run_dir: str | Path, descriptions: Mapping[str, Mapping[str, Any]], o
     check_free(folder, list(descriptions), overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of the runs that these replace
+    storage.clear(folder, ["checkpoints"])
     for old in run_directories(folder) if (folder / RUNS).is_file() else ():
         if old.is_dir() and set(os.listdir(old)) <= {*OWN_FILES}:
             shutil.rmtree(old)
+            storage.clear(folder, [old.name])
     write_atomically(folder / RUNS, json.dumps({"runs": list(descriptions)}) + "\n")
     return [RunDirectory.create(folder / name, entries, overwrite) for name, entries in descriptions.items()]
 
@@ -164,6 +168,7 @@ class GroupRecorder:
         self.failed: dict[str, str] = {}
         self._directories: dict[str, RunDirectory] = {}
         self._checkpointer: Checkpointer | None = None
+        self._mirror: storage.Mirror | None = None
         self._best: Any = None  # `Best`, where runs are recorded
         self._keep = 1
         self._progress, self._steps_per_iteration = progress, steps_per_iteration
@@ -186,6 +191,8 @@ class GroupRecorder:
         )
         first = directories[0]
         metadata = {name: first.config[name] for name in ("algorithm", "env")} | {"runs": list(self.members)}
+        self._mirror = storage.Mirror(first.path.parent)
+        self._mirror.upload()
         self._checkpointer = Checkpointer(first.path.parent / "checkpoints", keep, metadata)
         stack.callback(self._checkpointer.close)
         state, step = None, None
@@ -248,6 +255,7 @@ class GroupRecorder:
 
     def write(self, iteration: int) -> dict[str, dict[str, float]]:
         rows = {name: self.members[name].write(iteration) for name in self._live()}
+        mirror(self._mirror, self._progress)
         shown = {}
         for key in ("train/return", "eval/return", "time/steps_per_second"):
             values = [row[key] for row in rows.values() if key in row]
@@ -261,11 +269,14 @@ class GroupRecorder:
         for name, stopped in zip(self.members, state.stopped.tolist(), strict=True):
             if stopped >= 0 and name not in self.failed:  # no metric showed it
                 self._fail(name, iteration, NonFiniteError("the learner is not finite"))
-        if self._checkpointer:
+        if self._checkpointer and self._mirror:
+            self._mirror.upload()
             self._checkpointer.save(iteration * self._steps_per_iteration, (state, self._best))
 
     def save_each(self, states: Sequence[Any]) -> None:
         """Every run's state and best policy in its own directory, as a run alone leaves them."""
+        if self._mirror:
+            self._mirror.upload()
         each = unstack(self._best, len(states)) if self._directories else ()
         for directory, own, best in zip(self._directories.values(), states, each, strict=False):
             keeper = open_checkpoints(directory, self._keep)

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from rlx import storage
 from rlx.errors import UserError
 
 FORMAT = 1  # of config.json
@@ -90,7 +91,7 @@ def locked(path: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None
                 except BlockingIOError as error:
                     if time.monotonic() >= last:
                         text = f"{str(path)!r}: another process trains there; wait for it, or stop it."
-                        raise UserError(text) from error
+                        raise storage.BusyError(text) from error
                 time.sleep(0.5)
         yield
     finally:
@@ -115,7 +116,8 @@ class RunDirectory:
             raise UserError(f"run directory {str(folder)!r} is a file; name another.")
         present = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.exists() else []
         if "config.json" in present and not overwrite:
-            raise UserError(f"{str(folder)!r} already holds a run: use `rlx resume {folder}`, or --overwrite.")
+            name = os.fspath(storage.home(folder))
+            raise UserError(f"{name!r} already holds a run: use `rlx resume {name}`, or --overwrite.")
         if present and "config.json" not in present:
             names = ", ".join(present[:4])
             raise UserError(f"{str(folder)!r} is not empty and holds no run ({names}); name another run directory.")
@@ -133,6 +135,8 @@ class RunDirectory:
             if name in OWN_FILES:
                 target = folder / name
                 shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
+        if present:
+            storage.clear(folder, OWN_FILES)
         folder.mkdir(parents=True, exist_ok=True)
         full = {**config, "format": FORMAT, "versions": versions()}
         write_atomically(folder / "config.json", json.dumps(full, indent=2) + "\n")

@@ -17,7 +17,7 @@ import numpy as np
 
 from rlx.algorithm import Data, LearnerState, Policy
 from rlx.checkpoint import Checkpointer, first_nonfinite
-from rlx.distributed import is_first, several, told_to_stop
+from rlx.distributed import is_first, on_first, several, told_to_stop
 from rlx.environment import Environment
 from rlx.errors import NonFiniteError, UserError, require
 from rlx.evaluation import EvalResult
@@ -36,6 +36,7 @@ from rlx.logging import (
 from rlx.machine import commit, usable_cores
 from rlx.plotting import plot
 from rlx.schedule import Schedule
+from rlx.storage import Mirror, put
 
 
 class StopSignal:
@@ -96,6 +97,7 @@ class Recorder:
         self._steps_per_iteration, self._progress = steps_per_iteration, progress
         self._directory: RunDirectory | None = None
         self._checkpointer: Checkpointer | None = None
+        self._mirror: Mirror | None = None
         self._start_phases = dict(progress.phases)
         self._started = self._last_ready = time.perf_counter()
         self._last_iteration = 0
@@ -113,6 +115,8 @@ class Recorder:
 
         Returns the state of the newest whole checkpoint if `resume` finds one, and cuts the logs behind it; else None.
         """
+        self._mirror = Mirror(directory.path)
+        on_first(self._mirror.upload)
         self._checkpointer = open_checkpoints(directory, keep)
         stack.callback(self._checkpointer.close)
         state, step = None, None
@@ -206,6 +210,8 @@ class Recorder:
         for writer in self.writers:
             writer.write(step, row)
         self.history.append({"step": step, **row})
+        if is_first():
+            mirror(self._mirror, self._progress)
         self._progress.update(step, row.get("time/steps_per_second", 0.0), row)
         return self.history[-1]
 
@@ -215,6 +221,8 @@ class Recorder:
             leaf = first_nonfinite(state.learner)
             if leaf:
                 raise NonFiniteError(f"The learner is not finite at iteration {iteration}: {leaf}. Nothing was saved.")
+            if self._mirror:
+                on_first(self._mirror.upload)  # a checkpoint must never be ahead of the logs
             self._checkpointer.save(self.step(iteration), state)
 
     def resume_clock(self) -> None:
@@ -223,6 +231,13 @@ class Recorder:
 
     def step(self, iteration: int) -> int:
         return iteration * self._steps_per_iteration
+
+
+def mirror(logs: Mirror | None, progress: Progress) -> None:
+    """Uploads logs that belong on object storage; while it is out of reach they wait for the next visit."""
+    failed = logs.try_upload() if logs else ""
+    if failed:
+        progress.message(f"the logs are not uploaded, which is tried again: {failed}")
 
 
 def episodes(result: EvalResult) -> dict[str, list[Any]]:
@@ -323,8 +338,9 @@ def restore_newest(
 
 
 def draw_curve(directory: RunDirectory, progress: Progress) -> None:
-    """curve.png; a run without returns to draw, or a disk that is full by now, is no reason to fail at its end."""
+    """curve.png, where the run is; one without returns, or a disk that is full by now, is no reason to fail."""
     try:
         plot([directory.path], directory.path / "curve.png")
+        put(directory.path / "curve.png")
     except (UserError, OSError) as error:
         progress.message(f"no curve.png: {error}")

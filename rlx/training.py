@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlx import group, settings
+from rlx import group, settings, storage
 from rlx.algorithm import Algorithm, Data, Key, Mode, Plan, Policy
 from rlx.compilation import Programs, compile_run
-from rlx.distributed import is_first, on_first, several
+from rlx.distributed import check_shared, is_first, on_first, several
 from rlx.environment import Environment
 from rlx.epoch import EpochMetrics, TrainState
 from rlx.errors import UserError, require
@@ -115,6 +115,7 @@ def train(
         train_config: sizes of the run.
         config: the algorithm's Config; its defaults if None.
         run_dir: where config.json, metrics.jsonl, tensorboard/, checkpoints/, eval.json, curve.png go. None: nowhere.
+            `gs://bucket/path`: object storage (`rlx.storage`).
         record: more entries for config.json (what builds the environment again, say).
         overwrite: replaces a run that `run_dir` already holds.
         resume: goes on from the newest whole checkpoint in `run_dir`, bit for bit as if nothing had happened.
@@ -146,6 +147,7 @@ def train(
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
     description = describe(algorithm, env, train_config, config, schedule, data) | dict(record or {})
     directory = None
+    run_dir = None if run_dir is None else storage.fetch(run_dir)
     if run_dir is not None and resume:
         directory = RunDirectory(Path(run_dir).absolute(), on_first(lambda: RunDirectory.open(run_dir).config))
         check_same_settings(directory.config, description)
@@ -153,6 +155,8 @@ def train(
         say_other_devices(directory.config, description, progress)
     elif run_dir is not None:
         on_first(lambda: RunDirectory.check_free(run_dir, overwrite))
+    if run_dir is not None:
+        check_shared(Path(run_dir))
     key = jax.random.key(train_config.seed)
     make = maker(algorithm, config, env, plan)
     with contextlib.ExitStack() as stack:
@@ -161,6 +165,8 @@ def train(
         held = on_first(lambda: run_dir is not None and Path(run_dir).is_dir())  # a run to resume, or to overwrite
         if held:
             on_first(lambda: stack.enter_context(locked(str(run_dir), patience)))
+        if run_dir is not None:
+            on_first(partial(storage.claim, run_dir))
         programs = compile_run(env, make, schedule, train_config, key, {}, init_policy, progress, data)
         if directory:
             on_first(partial(note_resume, directory, progress))
@@ -231,6 +237,7 @@ def train_many(
         name: describe(algorithm, env, *runs[name], schedule, data) | dict(records.get(name, {})) for name in names
     }
     directories = []
+    run_dir = None if run_dir is None else storage.fetch(run_dir)
     if run_dir is not None and resume:
         group.check_names(run_dir, names)
         for name in names:  # a kill may have come before all were made
@@ -253,6 +260,8 @@ def train_many(
         held = run_dir is not None and Path(run_dir).is_dir()
         if held:
             stack.enter_context(locked(str(run_dir)))
+        if run_dir is not None:
+            storage.claim(run_dir)
         try:
             programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress, data)
         except jax.errors.JAXTypeError as error:
@@ -411,7 +420,7 @@ def load_policy(
     """
     plan = make_schedule(env, one_device(train_config)).plan
     built = algorithm.make(config, env.spec, plan)  # unchecked: what it needs to learn need not be here
-    directory = RunDirectory.open(run_dir)
+    directory = RunDirectory.open(storage.fetch(run_dir))
     check_alone(directory)
     checkpointer = open_checkpoints(directory, train_config.keep_checkpoints)
     learner = without_past(jax.eval_shape(built.init, jax.random.key(0)))

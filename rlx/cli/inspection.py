@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rlx import settings
+from rlx import settings, storage
 from rlx.algorithms import ALGORITHMS
 from rlx.cli.pairs import (
     Pair,
@@ -52,7 +52,7 @@ def evaluate(arguments: list[str]) -> int:
         require(1 <= drawn <= options.episodes, "--video-episodes", drawn, allowed)
     with Progress() as shown:
         with shown.phase("building"):
-            members = run_directories(options.run_dir)
+            members = run_directories(storage.fetch(options.run_dir))
             require(len(members) == 1 or not options.video, "--video", options.video, "it takes one run at a time")
             run = load_run(members[0], options.physics)
             mode = options.mode or run.train_config.eval_mode
@@ -95,6 +95,7 @@ def evaluate(arguments: list[str]) -> int:
             entry |= episodes(result)
             if mode == run.train_config.eval_mode:
                 write_atomically(path / "eval.json", json.dumps(entry) + "\n")
+                storage.put(path / "eval.json")
             mean, std = result.returns.mean(), result.returns.std()
             text = f"mean return {mean:.4g}, standard deviation {std:.4g}, {options.episodes} episodes"
             lost = 0 if result.diverged is None else int(result.diverged.sum())
@@ -121,7 +122,7 @@ def plot(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from rlx.plotting import plot as draw
 
-    run_dirs = [run for path in options.run_dirs for run in run_directories(path)]
+    run_dirs = [run for path in options.run_dirs for run in run_directories(storage.fetch(path))]
     print(draw(run_dirs, options.out, metric=options.metric))
     return 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from rlx import external, settings
+from rlx import external, settings, storage
 from rlx.algorithms import ALGORITHMS
 from rlx.errors import UserError, require, unknown
 from rlx.logging import RunDirectory
@@ -136,7 +136,7 @@ def load_run(run_dir: str | Path, physics: str = "") -> LoadedRun:
 
     Raises UserError that says what is missing.
     """
-    directory = RunDirectory.open(run_dir)
+    directory = RunDirectory.open(storage.fetch(run_dir))
     recorded = directory.config
     if "env_overrides" not in recorded:
         raise UserError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlx import settings
+from rlx import settings, storage
 from rlx.cli.pairs import (
     default_run_dir,
     describe,
@@ -73,14 +73,15 @@ def train(arguments: list[str]) -> int:
         if many:
             spread_over_cpu(options.num_seeds)
         require(not (many and options.wandb), "--wandb", options.wandb, "it takes one run at a time")
-        run_dir = Path(options.run_dir or default_run_dir(pair, train_config.seed)).absolute()
-        say(quiet, f"{pair.algorithm} on {pair.env}, seed {train_config.seed}, in {run_dir}")
+        run_dir = storage.fetch(options.run_dir or default_run_dir(pair, train_config.seed))
+        say(quiet, f"{pair.algorithm} on {pair.env}, seed {train_config.seed}, in {storage.home(run_dir)}")
+        say(quiet or storage.home(run_dir) == run_dir, f"its logs are staged in {run_dir}")
         say(quiet, settings.describe(merged))
         with shown.phase("building"):
             env = load_env(pair)
             pair = pair._replace(physics=env.spec.physics or pair.physics)  # "auto" may be another one elsewhere
             say(quiet or not env.spec.physics, f"physics: {env.spec.physics}")
-            start = options.from_run and str(Path(options.from_run).absolute())
+            start = options.from_run and str(storage.home(options.from_run))
             policy = start_policy(start, pair.physics, env, algorithm, train_config, config)
             data = load_data([split_share(file) for file in options.data], pair, env, quiet)
         goes_on = begun() and not options.overwrite and on_first(lambda: (run_dir / "config.json").is_file())
@@ -115,13 +116,13 @@ def check_same_start(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> N
 def finish(run: Any, run_dir: Path) -> int:
     """The last lines of a run on stdout, and its exit status."""
     if run.interrupted:
-        how = "the same command again" if begun() else f"rlx resume {run_dir}"
+        how = "the same command again" if begun() else f"rlx resume {storage.home(run_dir)}"
         step = run.history[-1]["step"] if run.history else 0
         tell(f"stopped at step {step:,}; go on with: {how}")
         return 130
     returns = [row["eval/return"] for row in run.history if "eval/return" in row]
     text = f"; mean return of the last evaluation: {returns[-1]:.4g}" if returns else ""
-    tell(f"done: {run_dir}{text}")
+    tell(f"done: {storage.home(run_dir)}{text}")
     return 0
 
 
@@ -138,12 +139,12 @@ def finish_many(runs: Mapping[str, Any], run_dir: Path) -> int:
         text = f"mean return of the last evaluation: {returns[-1]:.4g}" if returns else "no evaluation"
         print(f"{name}: {f'stopped: {run.error}' if run.error else text}")
     if any(run.interrupted for run in runs.values()):
-        print(f"stopped; go on with: rlx resume {run_dir}")
+        print(f"stopped; go on with: rlx resume {storage.home(run_dir)}")
         return 130
     last = [[row["eval/return"] for row in run.history if "eval/return" in row][-1:] for run in runs.values()]
     returns = [value for values in last for value in values]
     text = f"; mean over {len(returns)} runs: {sum(returns) / len(returns):.4g}" if returns else ""
-    print(f"done: {run_dir}{text}")
+    print(f"done: {storage.home(run_dir)}{text}")
     return int(any(run.error for run in runs.values()))
 
 
@@ -161,6 +162,9 @@ def resume(arguments: list[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
     options = parser.parse_args(arguments)
     quiet = options.quiet or not writes()
+    if storage.is_remote(options.run_dir):
+        address, options.run_dir = options.run_dir, storage.fetch(options.run_dir)
+        say(quiet, f"the logs of {address} are staged in {options.run_dir}")
     one = not is_sweep(options.run_dir) and len(run_directories(options.run_dir)) == 1
     require(one or not begun(), "RUN_DIR", options.run_dir, "a single run: several processes train one at a time")
     if is_sweep(options.run_dir):

@@ -86,6 +86,7 @@ def sweep(arguments: list[str]) -> int:
             "seeds": seeds,
             **plan(pair._replace(physics=options.physics), algorithm, merged, found, seeds, limit),
         }
+        require("://" not in str(options.run_dir), "run_dir", options.run_dir, "a sweep's runs lie in a local folder")
         folder = Path(options.run_dir or default_run_dir(pair, space.seed)).absolute()
         RunDirectory.check_free(folder)
         spread_over_cpu(largest(content))
