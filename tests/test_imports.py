@@ -29,6 +29,7 @@ DRIVER |= {
     "benchmark",
     "measuring",
     "group",
+    "storage",
     "sweep",
 }
 MEASURED = {"experiments.benchmarks.against_peers", "experiments.benchmarks.sac_updates"}  # beside brax's trainers
