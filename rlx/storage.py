@@ -45,8 +45,11 @@ def staging() -> Path:
 def home(path: str | os.PathLike[str]) -> Any:
     """Where a file or folder truly lies: an `etils.epath.Path` for an address or for what is staged, else absolute."""
     if is_remote(path):
+        import fsspec
         from etils import epath
 
+        # A listing kept in memory does not have what tensorstore and other processes write.
+        fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
         return epath.Path(os.fspath(path))
     folder = Path(path).absolute()
     if not folder.is_relative_to(staging()) or len(folder.relative_to(staging()).parts) < 2:
@@ -62,10 +65,6 @@ def _check(address: str) -> None:
     require(scheme == "gs" and "/" in rest.strip("/") and ".." not in rest.split("/"), "run_dir", address, allowed)
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{address!r} needs gcsfs, which is not installed: pip install 'rlx[gcs]'.")
-    import fsspec
-
-    # A listing kept in memory does not have what tensorstore and other processes write.
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def _unreachable(path: Any, error: Exception) -> UserError:
