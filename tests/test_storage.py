@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from rlx.training import train, train_many
 from tests.test_training import CONFIG, SMALL, assert_same_state, quiet, without_time
 from tests.worlds import Counter
 
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read at its import; it would speak gRPC to the server
 pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("gcp_storage_emulator.server")
 
@@ -31,17 +33,23 @@ ANOTHER = json.dumps({"id": "another", "host": "elsewhere", "pid": 1})
 def server():
     """tensorstore and gcsfs keep the address that they meet first, so there is one server for all tests.
 
-    One with threads: its own serves a connection at a time, and waits for ever on one that tensorstore keeps open.
+    One with a thread for each connection: its own waits for ever on one that tensorstore keeps open. Requests are
+    served one after another all the same: what it keeps in memory knows no threads.
     """
+    handle, one_by_one = emulator.Router.handle, threading.Lock()
+
+    def alone(*arguments):
+        with one_by_one:
+            return handle(*arguments)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
+        patch.setattr(emulator.Router, "handle", alone)
         started = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
         started.start()
-    address = f"http://127.0.0.1:{started._api._httpd.server_address[1]}"
-    names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(names, (address, address, "false"), strict=True):
-            patch.setenv(name, value)
+        address = f"http://127.0.0.1:{started._api._httpd.server_address[1]}"
+        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+            patch.setenv(name, address)
         import fsspec
 
         fsspec.config.conf["gcs"] = {"token": "anon"}
@@ -102,6 +110,7 @@ def test_a_run_resumed_on_another_machine_equals_an_uninterrupted_one(address, m
     assert staged == own - {"checkpoints", "writer.json"}
 
 
+@pytest.mark.slow
 def test_many_runs_of_one_program_resume_bit_for_bit(address, machine):
     runs = {f"seed-{seed}": (training.dataclasses.replace(SMALL, seed=seed), CONFIG) for seed in (0, 1)}
     whole = train_many(Counter(5), ppo, runs, progress=quiet())
@@ -126,8 +135,7 @@ fsspec.config.conf["gcs"] = {"token": "anon"}
 keeper = Checkpointer(sys.argv[1])
 keeper.save(1, {"a": np.arange(1000, dtype=np.float32)})
 keeper.wait()
-save = checkpoint_store._save
-checkpoint_store._save = lambda *arguments: (save(*arguments), os._exit(9))
+checkpoint_store._hashes = lambda folder: os._exit(9)  # taken when the arrays are there
 keeper.save(2, {"a": np.arange(1000, dtype=np.float32)})
 keeper.wait()
 """
@@ -147,6 +155,7 @@ def test_a_process_that_dies_between_arrays_and_manifest_leaves_what_was_whole(a
     assert names(address) == {"1", "3"}  # the half one is removed by the next writer
 
 
+@pytest.mark.slow
 def test_two_whole_checkpoints_are_kept_and_one_best(address):
     keeper = Checkpointer(address)
     for step in (10, 20, 30, 40):
@@ -195,17 +204,16 @@ def test_the_older_of_two_writers_stops_and_commits_nothing(address):
 
 
 def test_a_writer_that_is_overtaken_while_it_saves_writes_no_manifest(address, monkeypatch):
-    save = checkpoint_store._save
+    hashes = checkpoint_store._hashes
 
-    def overtaken(*arguments):
-        content = save(*arguments)
+    def overtaken(folder):
         (storage.home(address) / storage.WRITER).write_text(ANOTHER)
-        return content
+        return hashes(folder)
 
     keeper = Checkpointer(f"{address}/checkpoints")
     keeper.save(1, STATE)
     keeper.wait()
-    monkeypatch.setattr(checkpoint_store, "_save", overtaken)
+    monkeypatch.setattr(checkpoint_store, "_hashes", overtaken)
     keeper.save(2, STATE)
     with pytest.raises(UserError, match="another process"):
         keeper.wait()
@@ -213,6 +221,7 @@ def test_a_writer_that_is_overtaken_while_it_saves_writes_no_manifest(address, m
     keeper.close()
 
 
+@pytest.mark.slow
 def test_logs_out_of_reach_wait_for_the_next_visit(address, monkeypatch, capsys):
     put, calls = storage.put, []
 
@@ -252,6 +261,7 @@ def test_a_missing_library_is_named(address, monkeypatch):
         run(address)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_is_kept_unless_it_is_overwritten(address):
     run(address)
     first = names(f"{address}/checkpoints")
@@ -262,6 +272,7 @@ def test_a_run_that_is_there_is_kept_unless_it_is_overwritten(address):
     assert names(f"{address}/checkpoints") != first
 
 
+@pytest.mark.slow
 def test_commands_take_an_address(address, machine, tmp_path, capsys):
     words = "--total-steps 512 --num-envs 4 --unroll-length 16 --eval-episodes 4 --num-evals 2 --quiet "
     words += "--algo.actor-hidden 8 --algo.critic-hidden 8 --algo.num-epochs 1 --algo.num-minibatches 2"
