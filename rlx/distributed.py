@@ -205,8 +205,8 @@ def check_shared(folder: Path) -> None:
     on_first(lambda: os.unlink(name))
     if not all(seen):
         raise UserError(
-            f"run_dir = {str(folder)!r} lies on a disk of process 0 that process {seen.index(False)} does not see: name "
-            "a folder on a file system that all share, or gs://BUCKET/PATH."
+            f"run_dir = {str(folder)!r} lies on a disk of process 0 that process {seen.index(False)} does not see: "
+            "name a folder on a file system that all share, or gs://BUCKET/PATH."
         )
 
 
