@@ -19,6 +19,7 @@ from rlx.checkpoint import Checkpointer
 from rlx.errors import UserError
 from rlx.logging import Progress, read_metrics
 from rlx.training import train, train_many
+from tests.test_distributed import Processes
 from tests.test_training import CONFIG, SMALL, assert_same_state, quiet, without_time
 from tests.worlds import Counter
 
@@ -34,22 +35,32 @@ def server():
     """tensorstore and gcsfs keep the address that they meet first, so there is one server for all tests.
 
     One with a thread for each connection: its own waits for ever on one that tensorstore keeps open. Requests are
-    served one after another all the same: what it keeps in memory knows no threads.
+    served one after another all the same: what it keeps in memory knows no threads. It does not say which generation of
+    an object it sends, which tensorstore must know to write that object again, and checks no such condition.
     """
     handle, one_by_one = emulator.Router.handle, threading.Lock()
+    download = emulator.objects.download
 
     def alone(*arguments):
         with one_by_one:
             return handle(*arguments)
 
+    def with_generation(request, response, storage):
+        download(request, response, storage)
+        if response.status < 300:
+            found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = found["generation"]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
         patch.setattr(emulator.Router, "handle", alone)
+        patch.setattr(emulator.objects, "download", with_generation)
         started = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
         started.start()
         address = f"http://127.0.0.1:{started._api._httpd.server_address[1]}"
         for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
             patch.setenv(name, address)
+        patch.setenv("FSSPEC_GCS_TOKEN", "anon")  # for processes that begin here
         import fsspec
 
         fsspec.config.conf["gcs"] = {"token": "anon"}
@@ -127,11 +138,10 @@ STATE = {"a": np.arange(1000.0, dtype=np.float32)}
 
 DIES = """
 import os, sys
-import fsspec, numpy as np
+import numpy as np
 from rlx import checkpoint_store, storage
 from rlx.checkpoint import Checkpointer
 
-fsspec.config.conf["gcs"] = {"token": "anon"}
 keeper = Checkpointer(sys.argv[1])
 keeper.save(1, {"a": np.arange(1000, dtype=np.float32)})
 keeper.wait()
@@ -270,6 +280,23 @@ def test_a_run_that_is_there_is_kept_unless_it_is_overwritten(address):
     second = run(address, overwrite=True, on_epoch=stop_after(2))
     assert len((storage.home(address) / "metrics.jsonl").read_text().splitlines()) == len(second.history)
     assert names(f"{address}/checkpoints") != first
+
+
+@pytest.mark.slow
+def test_two_processes_train_there_and_one_goes_on(address, machine, tmp_path):
+    words = (
+        "train ppo probe/lqr --total-steps 384 --num-envs 4 --unroll-length 8 --eval-episodes 4 --num-evals 2 --quiet "
+    )
+    words += "--iterations-per-epoch 1 --algo.actor-hidden 8 --algo.critic-hidden 8 --algo.num-epochs 1 "
+    words += "--algo.num-minibatches 2 --num-groups 2"
+    for folder in (address, str(tmp_path / "local")):
+        Processes(2, *words.split(), "--run-dir", folder).succeed()
+    there = storage.home(address)
+    lines = [json.loads(line) for line in (there / "metrics.jsonl").read_text().splitlines()]
+    assert without_time(lines) == without_time(read_metrics(tmp_path / "local" / "metrics.jsonl"))
+    assert {path.name for path in (tmp_path / "first" / "gs" / "bucket" / there.name).iterdir()} >= {"metrics.jsonl"}
+    machine("second")
+    assert cli.main(["resume", address, "--quiet"]) == 0
 
 
 @pytest.mark.slow
