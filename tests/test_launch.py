@@ -32,7 +32,8 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def checks(out: str) -> list[str]:
-    return [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+    """The lines of the smoke test alone: gloo greets its peers on stdout, every process when it likes."""
+    return [line for line in out.splitlines() if line.startswith(("ok    ", "all "))]
 
 
 def free_port() -> int:
@@ -233,7 +234,7 @@ def test_slurms_variables_are_enough():
         each.append(subprocess.Popen([sys.executable, "-c", ASKS], env=os.environ | shared | own, **pipes))
     for index, process in enumerate(each):
         out, err = process.communicate(timeout=LIMIT)
-        assert checks(out) == [f"{index} 2 [0, 1]"], err
+        assert f"{index} 2 [0, 1]" in out.splitlines(), err
 
 
 @SLOW
