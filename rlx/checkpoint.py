@@ -159,8 +159,8 @@ class Checkpointer:
         self.directory: Path = storage.home(directory)
         self._metadata = json.loads(json.dumps(dict(metadata)))  # as a manifest gives it back
         self._warn = warn
-        self._runs = Store(self.directory, keep)
-        self._best = Store(self.directory / "best", 1)
+        self._runs = Store(self.directory, keep, self.directory.parent)
+        self._best = Store(self.directory / "best", 1, self.directory.parent)
         self._pending: dict[str, Future[None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 

@@ -6,7 +6,8 @@ removed. So a process killed at any moment leaves every whole checkpoint that wa
 
 Object storage renames nothing (`rlx.storage`): there `<step>/` is written in place, and it is a checkpoint only once
 its manifest, the last object, is there; whatever is removed loses its manifest first. A process that finds that
-another has claimed the run leaves its own half there, for the next writer to remove.
+another has claimed the run leaves its own half there, for the next writer to remove. A step that is saved once more is
+not whole until that is done.
 """
 
 from __future__ import annotations
@@ -100,10 +101,10 @@ _saving = threading.Lock()  # orbax's saves out of several threads at once fail 
 
 
 class Store:
-    """One folder of checkpoints, a sub-folder a step."""
+    """One folder of checkpoints, a sub-folder a step, of the run in the folder `run`."""
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory = directory
+    def __init__(self, directory: Path, keep: int, run: Path):
+        self.directory, self.run = directory, run
         self.keep = keep
         self.damaged: set[int] = set()  # found so by a restore; they do not count as kept
         self._remote = storage.is_remote(directory)
@@ -137,11 +138,11 @@ class Store:
         Where several processes train, each calls this and writes its own parts of `arrays`, which lie on the devices of
         all; the first does the rest.
         """
-        run, final = self.directory.parent, self.directory / str(step)
+        final = self.directory / str(step)
         new = final if self._remote else self.directory / f"{step}.new"
 
         def clear() -> None:
-            storage.check_writer(run)
+            storage.check_writer(self.run)
             if not self._clean:
                 self._remove_leftovers()
             self._clean = False  # until it is whole
@@ -150,7 +151,7 @@ class Store:
         def complete() -> None:
             manifest["files"] = _hashes(new)
             text = json.dumps({**manifest, "sha256": _digest(manifest)})
-            storage.check_writer(run)
+            storage.check_writer(self.run)
             (new / MANIFEST).write_text(text) if self._remote else write_atomically(new / MANIFEST, text)
 
         def commit() -> None:

@@ -157,7 +157,7 @@ def gather(value: Any) -> list[Any]:
 def on_first(function: Callable[[], T]) -> T:
     """What `function` gives, any JSON, on the first process, which alone calls it. On every process.
 
-    No process goes on before it has returned. A UserError or OSError of the first process is a UserError of all.
+    No process goes on before it has returned. An exception of the first process is a UserError of all.
     """
     if not several():
         return function()
@@ -168,8 +168,9 @@ def on_first(function: Callable[[], T]) -> T:
     if is_first():
         try:
             answer = {"value": function()}
-        except (UserError, OSError) as error:
-            answer = {"error": str(error)}
+        except Exception as error:  # the others wait: none may pass unheard
+            known = isinstance(error, UserError | OSError)
+            answer = {"error": str(error) if known else f"{type(error).__name__}: {error}"}
     # On the hosts, not on the devices: gloo gives processes half a minute to come to what they first do together, and
     # the checksums of a large checkpoint take longer.
     get_barrier_sync_fn()(key=f"rlx on first {next(_calls)}", timeout_ms=WAIT * 1000)
@@ -184,30 +185,33 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def check_shared(folder: Path) -> None:
-    """Raises UserError where a process cannot write what is to become `folder`, or does not see what the first writes.
+    """Raises UserError where a process cannot write into what is to become `folder`, or sees not what the first wrote.
 
     On every process.
     """
     if not several() or storage.is_remote(storage.home(folder)):
         return
 
-    def write() -> str:
+    name, error = "", ""
+    try:
         parent = next(path for path in (folder, *folder.parents) if path.is_dir())
         handle, name = tempfile.mkstemp(prefix=".rlx-", dir=parent)
         os.close(handle)
-        return name
-
-    try:
-        name = on_first(write)
-    except UserError as error:
-        raise UserError(f"run_dir = {str(folder)!r} cannot be written to: {error}") from error
-    seen = gather(os.path.exists(name))
-    on_first(lambda: os.unlink(name))
-    if not all(seen):
+    except OSError as failed:
+        error = str(failed)
+    names, errors = zip(*gather([name, error]), strict=True)
+    seen = gather(os.path.exists(names[0]))
+    if name:
+        os.unlink(name)
+    where = f"run_dir = {str(folder)!r}"
+    if not errors[0] and not all(seen):
         raise UserError(
-            f"run_dir = {str(folder)!r} lies on a disk of process 0 that process {seen.index(False)} does not see: "
-            "name a folder on a file system that all share, or gs://BUCKET/PATH."
+            f"{where} lies on a disk of process 0 that process {seen.index(False)} does not see: name a folder on a "
+            "file system that all share, or gs://BUCKET/PATH."
         )
+    for index, text in enumerate(errors):
+        if text:
+            raise UserError(f"{where} cannot be written to by process {index}: {text}")
 
 
 def told_to_stop() -> bool:

@@ -136,7 +136,7 @@ class RunDirectory:
                 target = folder / name
                 shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
         if present:
-            storage.clear(folder, OWN_FILES)
+            storage.clear(folder, sorted(OWN_FILES, key="config.json".__eq__))  # without it the rest belongs to no run
         folder.mkdir(parents=True, exist_ok=True)
         full = {**config, "format": FORMAT, "versions": versions()}
         write_atomically(folder / "config.json", json.dumps(full, indent=2) + "\n")

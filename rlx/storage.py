@@ -29,7 +29,6 @@ from rlx.errors import UserError, require
 
 WRITER = "writer.json"
 OURS = uuid.uuid4().hex  # this process's id in it
-CHUNK = 2**22  # bytes
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -110,15 +109,11 @@ def fetch(path: str | os.PathLike[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with locked(folder):
-                for old in folder.iterdir():
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
-                for file in _files(there) if names else ():
-                    if file.name != WRITER:
-                        target = folder / file.relative_to(there).as_posix()
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        target.write_bytes(file.read_bytes())
+                _download(there, folder)
         except BusyError:
             pass
+        if (there.parent / RUNS).exists():  # one of many runs, whose checkpoints may lie there
+            (folder.parent / RUNS).write_bytes((there.parent / RUNS).read_bytes())
     except UserError:
         raise
     except Exception as error:  # gcsfs and google.auth raise classes of their own
@@ -126,28 +121,57 @@ def fetch(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def _download(there: Any, folder: Path) -> None:
+    """Replaces the logs in a staged folder, but for those of runs in it that train now, and W&B's, which lie here."""
+    from rlx.logging import locked
+
+    busy = {"wandb"}
+    for old in folder.iterdir():
+        if not old.is_dir():
+            old.unlink()
+        elif old.name not in busy:
+            try:
+                with locked(old):
+                    shutil.rmtree(old)
+            except BusyError:
+                busy.add(old.name)
+    for file in _files(there) if there.is_dir() else ():
+        target = folder / file.relative_to(there).as_posix()
+        if file.name != WRITER and target.relative_to(folder).parts[0] not in busy:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+
+
 class BusyError(UserError):
     """Another process trains into a folder."""
 
 
 def claim(folder: Path) -> None:
-    """Makes this process the writer of a staged run; nothing for a local one. Raises UserError if it may not write."""
+    """Makes this process the writer of a staged run, and stages what the one before it has uploaded meanwhile.
+
+    Nothing for a local one. Raises UserError if it may not write.
+    """
     there = home(folder)
     if is_remote(there):
         try:
             (there / WRITER).write_text(json.dumps({"id": OURS, "host": socket.gethostname(), "pid": os.getpid()}))
+            if folder.is_dir():
+                _download(there, folder)
         except Exception as error:
             raise _unreachable(there, error) from error
 
 
 def check_writer(there: Any) -> None:
-    """Raises UserError if a newer process has claimed the run at this address. Nothing for a local path."""
+    """Raises UserError if a newer process has claimed the run at this address, or those of which it is one.
+
+    Nothing for a local path.
+    """
     if not is_remote(there):
         return
-    try:
-        owner = json.loads((there / WRITER).read_text())
-    except FileNotFoundError:
-        return  # never claimed, as by a Checkpointer alone
+    claims = [path for path in (there / WRITER, there.parent / WRITER) if path.exists()]
+    if not claims:
+        return  # as by a Checkpointer alone
+    owner = json.loads(claims[0].read_text())
     if owner["id"] != OURS:
         by = f"process {owner['pid']} on {owner['host']}"
         raise BusyError(f"{os.fspath(there)!r}: another process ({by}) trains there since; this one stops.")
@@ -158,8 +182,7 @@ def put(path: Path) -> None:
     there = home(path)
     if is_remote(there):
         try:
-            with open(path, "rb") as source, there.open("wb") as target:
-                shutil.copyfileobj(source, target, CHUNK)
+            there.write_bytes(path.read_bytes())
         except Exception as error:
             raise _unreachable(there, error) from error
 

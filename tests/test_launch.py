@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -40,6 +41,11 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return found.getsockname()[1]
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as found:
+        return found.connect_ex(("localhost", port)) != 0
 
 
 SAYS = """
@@ -78,6 +84,12 @@ def test_local_hands_sigterm_to_the_first():
     assert (status, out.strip()) == (130, "told 0"), err
 
 
+def test_each_may_have_a_gpu_of_its_own():
+    says = "import os; os.write(1, os.environ['CUDA_VISIBLE_DEVICES'].encode() + b' ')"
+    command = [sys.executable, str(LAUNCH / "local.py"), "--gpu-each", "3", sys.executable, "-c", says]
+    assert sorted(subprocess.run(command, capture_output=True, text=True).stdout.split()) == ["0", "1", "2"]
+
+
 def test_local_refuses_what_starts_nothing():
     for words in ((0, "true"), (2,)):
         status, _, err = finish(local(*words))
@@ -101,7 +113,7 @@ def run_slurm(tmp_path: Path, *words: str, status: int) -> tuple[int, str, list[
 
 def test_a_job_that_saved_itself_is_queued_anew_and_one_that_failed_is_not(tmp_path):
     train = ("rlx", "train", "ppo", "brax/ant", "--run-dir", "a b")
-    srun = "srun --kill-on-bad-exit=0 rlx train ppo brax/ant --run-dir a b --distributed"
+    srun = "srun --kill-on-bad-exit=0 --cpus-per-task=1 rlx train ppo brax/ant --run-dir a b --distributed"
     assert run_slurm(tmp_path, *train, status=130)[::2] == (130, [srun, "scontrol requeue 7"])
     for status in (0, 1, 2):
         (tmp_path / "log").unlink()
@@ -110,8 +122,32 @@ def test_a_job_that_saved_itself_is_queued_anew_and_one_that_failed_is_not(tmp_p
     _, _, (line,) = run_slurm(tmp_path, "--smoke", "/shared", status=0)
     assert line.endswith("python experiments/launch/smoke.py --run-dir /shared --distributed")
     (tmp_path / "log").unlink()
-    status, err, lines = run_slurm(tmp_path, status=0)
-    assert (status, lines) == (2, []) and "what to run" in err
+    for words, message in (((), "what to run"), ((*train, "--overwrite"), "begin anew")):
+        (tmp_path / "log").unlink(missing_ok=True)
+        status, err, lines = run_slurm(tmp_path, *words, status=0)
+        assert (status, lines) == (2, []) and message in err
+
+
+def test_a_job_told_to_stop_waits_for_how_its_processes_end(tmp_path):
+    """SIGTERM comes to the script and to `srun`, which ends at once or after a while."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\n')
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    for wait in ("0", "0.5"):
+        (tmp_path / "srun").write_text(
+            f"#!{sys.executable}\nimport signal, sys, time\n"
+            f"signal.signal(signal.SIGTERM, lambda *_: (time.sleep({wait}), sys.exit(130)))\n"
+            f"open('{tmp_path}/ready-{wait}', 'w')\ntime.sleep(60)\n"
+        )
+        for name in ("srun", "scontrol"):
+            (tmp_path / name).chmod(0o755)
+        command = ["bash", str(LAUNCH / "slurm.sh"), "rlx", "train"]
+        job = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE)
+        while not (tmp_path / f"ready-{wait}").exists():
+            time.sleep(0.02)
+        os.killpg(job.pid, signal.SIGTERM)
+        job.communicate(timeout=LIMIT)
+        assert job.returncode == 130
+    assert (tmp_path / "log").read_text() == "requeue 7\n" * 2
 
 
 def test_the_pods_commands_reach_every_host(tmp_path):
@@ -144,6 +180,13 @@ def test_the_pods_commands_reach_every_host(tmp_path):
         "gs://b/r",
         "--distributed",
     ]
+    with_path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "rlx" / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "rlx" / ".venv" / "bin" / "rlx").write_text("#!/bin/sh\nexec sleep 5\n")
+    (tmp_path / "rlx" / ".venv" / "bin" / "rlx").chmod(0o755)
+    began = time.monotonic()
+    subprocess.run(["bash", "-c", line], cwd=tmp_path, env=os.environ | with_path, capture_output=True, timeout=LIMIT)
+    assert time.monotonic() - began < 4  # a connection may end, and the run goes on
     status, said, _ = run("smoke", "gs://b/r")
     assert status == 0 and any("smoke.py --run-dir gs://b/r" in word for word in said)
     assert run("start")[0] == 2 and run("smoke")[0] != 0
@@ -224,8 +267,8 @@ print(jax.process_index(), jax.process_count(), distributed.gather(jax.process_i
 
 @SLOW
 def test_slurms_variables_are_enough():
-    """Of a step of two tasks on this machine; jax makes the port of the job's number."""
-    job = free_port() % 4096 + 4096 * 3
+    """Of a step of two tasks on this machine; jax makes the port of the job's number: 61440 and that modulo 4096."""
+    job = next(job for job in range(os.getpid() % 4096, 8192) if is_free(61440 + job % 4096))
     shared = {"SLURM_JOB_ID": str(job), "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
     each = []
     for index in range(2):

@@ -126,6 +126,10 @@ def test_many_runs_of_one_program_resume_bit_for_bit(address, machine):
     runs = {f"seed-{seed}": (training.dataclasses.replace(SMALL, seed=seed), CONFIG) for seed in (0, 1)}
     whole = train_many(Counter(5), ppo, runs, progress=quiet())
     train_many(Counter(5), ppo, runs, run_dir=address, progress=quiet(), on_epoch=stop_after(3))
+    storage.remove(storage.home(f"{address}/seed-0/checkpoints"))  # as if they had been killed, not stopped
+    machine("third")  # which knows nothing of the others
+    with pytest.raises(UserError, match="share their checkpoints until all"):
+        run(f"{address}/seed-0", resume=True)
     machine("second")
     resumed = train_many(Counter(5), ppo, runs, run_dir=address, progress=quiet(), resume=True)
     for name, of_run in whole.items():
@@ -225,6 +229,9 @@ def test_a_writer_that_is_overtaken_while_it_saves_writes_no_manifest(address, m
     keeper.wait()
     monkeypatch.setattr(checkpoint_store, "_hashes", overtaken)
     keeper.save(2, STATE)
+    with pytest.raises(UserError, match="another process"):
+        keeper.wait()
+    keeper.save_best(2, STATE, value=1.0)
     with pytest.raises(UserError, match="another process"):
         keeper.wait()
     assert keeper.steps() == [1]

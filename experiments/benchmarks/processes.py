@@ -93,6 +93,8 @@ class Team:
             line = "["
             while line.startswith("["):  # gloo greets its peers on stdout
                 line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"a process ended with status {process.wait()}")
             answers.append(json.loads(line))
         return answers
 

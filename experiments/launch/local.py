@@ -1,7 +1,7 @@
 """A command in N processes of this machine that know of each other: to try what a pod does, or one for each GPU.
 
     python experiments/launch/local.py 4 rlx train ppo brax/ant --num-envs 1024 --run-dir runs/ant
-    python experiments/launch/local.py 2 --gpu-each rlx train ppo brax/ant --run-dir runs/ant
+    python experiments/launch/local.py --gpu-each 2 rlx train ppo brax/ant --run-dir runs/ant
     python experiments/launch/local.py 2 python experiments/launch/smoke.py --run-dir /tmp/smoke
 
 Each gets `--distributed`, the address at which the first one listens, how many they are and which of them it is.
@@ -38,13 +38,14 @@ def main() -> int:
         "--num-processes",
         str(options.num_processes),
     ]
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
+    # To one, which tells the others; before they have found each other, none could. A terminal sends Ctrl-C to all.
+    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes[:1]])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for index in range(options.num_processes):
         own = {"CUDA_VISIBLE_DEVICES": str(index)} if options.gpu_each else {}
         command = [*options.command, *flags, "--process-index", str(index)]
         processes.append(subprocess.Popen(command, env=os.environ | own))
-    signal.signal(signal.SIGTERM, lambda *_: processes[0].terminate())  # which tells the others
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of them
     statuses = [process.wait() for process in processes]
     return max(status if status >= 0 else 128 - status for status in statuses)  # as shells count signals
 

@@ -23,12 +23,19 @@ if [ "$1" = --smoke ]; then
     set -- python experiments/launch/smoke.py --run-dir "${2:-$PWD/runs}"
 fi
 
-# srun passes the signal on to every process; this shell must outlive them to read how they ended.
+case " $* " in
+    *" --overwrite "*) echo "--overwrite would begin anew whenever the job is queued again" >&2; exit 2 ;;
+esac
+
+# The processes get the signal themselves; this shell must outlive them to read how they ended.
 trap : TERM
-srun --kill-on-bad-exit=0 "$@" --distributed &
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" --distributed &
 wait $!
 status=$?
 while kill -0 $! 2> /dev/null; do wait $!; status=$?; done  # a signal ends `wait` early
+wait $!
+last=$?
+[ "$last" -eq 127 ] || status=$last  # srun's own, where a signal came with its end
 if [ "$status" -eq 130 ]; then
     echo "stopped and saved; queued anew"
     scontrol requeue "$SLURM_JOB_ID"

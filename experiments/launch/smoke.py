@@ -6,13 +6,14 @@
 
 Every process runs it, and says where the others are as `rlx train --distributed` does. The first one prints a line for
 each check; the first that fails ends all with a line that begins with FAIL and an exit status that is not 0.
-`--run-dir`: where runs will lie. The test makes a folder of its own there, and removes it at the end.
+`--run-dir`: where runs will lie. The test makes a folder of its own there, and removes it when all has passed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import socket
 import sys
 import time
@@ -95,9 +96,11 @@ def collectives(folder: str) -> str:
 
 
 def shared(folder: str) -> str:
-    from rlx.distributed import check_shared
+    from rlx.distributed import check_shared, on_first
 
-    check_shared(storage.fetch(folder))
+    staged = storage.fetch(folder)
+    check_shared(staged)
+    on_first(lambda: storage.claim(staged))  # writes an object, if that is where it lies
     return f"{folder} can be written to, and all see the same"
 
 
@@ -170,6 +173,8 @@ def remove(folder: str) -> None:
     from etils import epath
 
     epath.Path(storage.home(folder)).rmtree(missing_ok=True)
+    if storage.is_remote(folder):
+        shutil.rmtree(storage.staging() / folder.replace("://", "/"), ignore_errors=True)
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 #
 #     export TPU=my-pod ZONE=us-central2-b
 #     experiments/launch/tpu_pod.sh create v5litepod-16 --spot     # or without --spot
-#     experiments/launch/tpu_pod.sh install                        # copies this tree, installs rlx on every host
+#     experiments/launch/tpu_pod.sh install                        # the last commit, on every host
 #     experiments/launch/tpu_pod.sh smoke gs://BUCKET/runs
 #     experiments/launch/tpu_pod.sh run rlx train ppo brax/ant --num-envs 8192 --num-groups 16 --run-dir gs://BUCKET/runs/ant
 #     experiments/launch/tpu_pod.sh stop                           # SIGTERM: the run saves itself; `run` goes on
@@ -11,7 +11,7 @@
 #
 # The hosts find each other by the pod's own metadata. Spot machines are taken back with SIGTERM and half a minute: the
 # run saves itself if an epoch and a save fit in that, and else loses what was learned since its last checkpoint.
-# `create` again, `install`, `run` with the same command goes on. `VERSION` is the TPU's software.
+# `delete`, `create`, `install`, `run` with the same command goes on. `VERSION` is the TPU's software.
 set -euo pipefail
 : "${TPU:?the name of the pod}" "${ZONE:?its zone}"
 VERSION=${VERSION:-v2-alpha-tpuv5-lite}
@@ -29,16 +29,18 @@ case $command in
     install)
         git archive --format tar.gz --output /tmp/rlx.tar.gz HEAD
         gcloud compute tpus tpu-vm scp /tmp/rlx.tar.gz "$TPU:" --zone "$ZONE" --worker=all
-        on_every_host "mkdir -p rlx && tar xzf rlx.tar.gz -C rlx && cd rlx && python3 -m venv .venv \
-            && .venv/bin/pip install --quiet -c constraints.txt -e '.[tpu,gcs]' && .venv/bin/rlx doctor"
+        # uv, since the TPU's images may come with an older Python than 3.11.
+        on_every_host "mkdir -p rlx && tar xzf rlx.tar.gz -C rlx && cd rlx && python3 -m pip install --quiet --user uv \
+            && python3 -m uv venv --quiet --python 3.11 .venv \
+            && python3 -m uv pip install --quiet --python .venv -c constraints.txt -e '.[tpu,gcs]' && .venv/bin/rlx doctor"
         ;;
     smoke)
         on_every_host "cd rlx && .venv/bin/python experiments/launch/smoke.py --run-dir ${1:?gs://BUCKET/PATH}"
         ;;
     run)
         # In the background of each host, so that a lost connection does not end it; the first one's log is shown.
-        on_every_host "cd rlx && export PATH=\$PWD/.venv/bin:\$PATH && nohup $(printf '%q ' "$@") --distributed \
-            > run.log 2>&1 < /dev/null & sleep 1"
+        on_every_host "cd rlx && export PATH=\$PWD/.venv/bin:\$PATH \
+            && { nohup $(printf '%q ' "$@") --distributed > run.log 2>&1 < /dev/null & }"
         gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=0 --command "tail -n +1 -f rlx/run.log"
         ;;
     stop)

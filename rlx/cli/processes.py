@@ -22,6 +22,9 @@ def take_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(arguments)
 
 
+OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")  # what XLA says of this process, not of the others
+
+
 @contextlib.contextmanager
 def joined(flags: argparse.Namespace, report: Callable[[Exception], int]) -> Iterator[None]:
     """Inside, this process is one of several. One that meets an error ends without an ordinary exit, in which it would
@@ -37,6 +40,8 @@ def joined(flags: argparse.Namespace, report: Callable[[Exception], int]) -> Ite
         met = True
         yield
     except jax.errors.JaxRuntimeError as error:
+        if str(error).startswith(OWN):
+            leave(report(error))
         why = str(error).splitlines()[0]
         report(UserError(f"this process lost the others ({why}). The last checkpoint stands: start all again."))
         leave(1)

@@ -91,7 +91,7 @@ def train(arguments: list[str]) -> int:
         keywords: dict[str, Any] = {"run_dir": run_dir, "overwrite": options.overwrite, "init_policy": policy}
         keywords |= {"progress": shown, "data": data}
         if goes_on:
-            check_same_start(RunDirectory.open(run_dir).config, record)
+            check_same_start(on_first(lambda: RunDirectory.open(run_dir).config), record)
             keywords |= {"overwrite": False, "resume": True}
         if not many:
             return finish(training.train(env, algorithm, train_config, config, record=record, **keywords), run_dir)
