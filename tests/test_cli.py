@@ -278,6 +278,7 @@ def test_a_policy_that_these_settings_would_make_another_one_is_refused(pair, ca
     assert status == 0, err
 
 
+@pytest.mark.slow
 def test_statistics_are_frozen_of_a_policy_to_start_from_alone_and_must_be_of_ranges(pair, capsys):
     small = ["--algo.actor-hidden", "8", "--algo.num-minibatches", "2", "--quiet"]
     status, _, err = run(capsys, "train", "ppo", "probe/lqr", *TINY, *small, "--algo.freeze-statistics", "true")

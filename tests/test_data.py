@@ -601,6 +601,7 @@ def test_algorithms_that_data_cannot_serve_and_those_that_need_them_are_told(fou
         run(None)
 
 
+@pytest.mark.slow
 def test_behaviour_cloning_finds_the_regulator_in_its_actions(tmp_path):
     """The optimal feedback, which acts without noise; its clone has the same gain and the same return."""
     env = envs.make("probe/lqr")

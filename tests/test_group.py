@@ -165,6 +165,7 @@ def test_without_a_checkpoint_they_begin_anew(tmp_path):
         assert_same_state(whole[name].state, resumed[name].state)
 
 
+@pytest.mark.slow
 def test_each_leaves_the_checkpoints_and_the_best_policy_of_a_run_alone(tmp_path):
     runs = seeds(2)
     together = many(runs, tmp_path / "many")
@@ -330,6 +331,7 @@ def test_one_run_of_many_goes_on_alone(tmp_path):
     assert int(alone.state.iteration) == 5 and not alone.interrupted
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_resumes_evaluates_and_plots_many_seeds(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = "--total-steps 2048 --num-envs 8 --unroll-length 16 --num-evals 1 --eval-episodes 4 --quiet".split()

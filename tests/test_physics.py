@@ -786,6 +786,7 @@ def script(code: str, limit: int, **environment: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_four_devices_of_one_host_give_the_bits_of_one():
     printed = script(DEVICES, 300, XLA_FLAGS="--xla_force_host_platform_device_count=4")
     assert printed.strip() == hashlib.sha256(np.asarray(rolled()["row"]).tobytes()).hexdigest()

@@ -171,6 +171,7 @@ STUDY = Study(
 """
 
 
+@pytest.mark.slow
 def test_a_study_fine_tunes_what_it_has_cloned_of_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "experiments" / "cloning"
