@@ -123,6 +123,7 @@ def test_a_shuffle_over_all_devices_would_be_seen():
     assert max(c.bytes for c in found) > size + 64 or {c.kind for c in found} != {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_data_are_read_on_every_device_for_itself(tmp_path):
     env = Counter(5)
     collect(env, [Part(random_policy(env.spec), (), 2000)], tmp_path / "a.npz", progress=quiet())

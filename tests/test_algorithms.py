@@ -237,7 +237,7 @@ def test_every_setting_is_explained_and_the_file_reads_in_the_agreed_order(name)
     assert re.search(r"\d{4}\.\d{4,5}", module.__doc__), "the docstring cites the paper"
 
 
-@pytest.mark.parametrize("name", of_each_kind(ALGORITHMS))
+@pytest.mark.parametrize("name", of_each_kind(ALGORITHMS, ("ppo",)))
 def test_the_epoch_with_mjx_physics_lowers_for_tpu_and_cuda(name):
     env, module = envs.make("playground/CartpoleBalance", physics="mjx"), module_of(name)
     algorithm = module.make(module.Config(), env.spec, PLAN)

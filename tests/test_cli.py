@@ -267,6 +267,7 @@ def test_a_policy_of_another_shape_is_refused_by_leaf(pair, capsys):
     assert not Path("b").exists()
 
 
+@pytest.mark.slow
 def test_a_policy_that_these_settings_would_make_another_one_is_refused(pair, capsys):
     """Weights fit all the same. What a run sets for its learning alone may differ."""
     small = ["--algo.actor-hidden", "8", "--algo.num-minibatches", "2", "--quiet"]

@@ -496,6 +496,7 @@ MIXING = sac.Config(
 )
 
 
+@pytest.mark.slow
 def test_a_learner_mixes_data_with_what_it_sees_and_resumes_bit_for_bit(tmp_path, found):
     def mixed(name, config=MIXING, of=found, **keywords):
         place = tmp_path / name if name else None

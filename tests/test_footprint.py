@@ -111,6 +111,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_share_of_the_experience_that_is_advised_fits(monkeypatch):
     monkeypatch.setattr(footprint, "free_memory", lambda num_devices: 2_000_000)
     config = sac.Config(actor_hidden=(8,), critic_hidden=(8,), batch_size=4, replay_size=50_000, prefill_steps=0)

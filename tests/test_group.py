@@ -115,7 +115,8 @@ def test_only_what_differs_is_an_argument_of_the_program():
     np.testing.assert_array_equal(varied["entropy_coef"], [0.0, 0.25])
 
 
-@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.slow
 def test_stopped_and_resumed_they_equal_those_that_were_not(tmp_path, stop_after):
     runs = seeds(3)
     whole = many(runs, tmp_path / "whole")
@@ -246,6 +247,7 @@ def test_where_every_run_has_failed_that_is_the_error(tmp_path):
     assert Checkpointer(tmp_path / "b/checkpoints").steps() == [96]
 
 
+@pytest.mark.slow
 def test_a_kill_before_all_directories_were_made_is_made_good(tmp_path):
     runs = seeds(2)
     whole = many(runs, tmp_path)

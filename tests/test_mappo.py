@@ -249,7 +249,14 @@ def test_shared_parameters_tell_agents_apart_by_who_they_are():
     assert sizes[1] == N * (sizes[0] - N * SHARED.actor_hidden[0])  # and who it is comes in
 
 
-@pytest.mark.parametrize("config", [SMALL, IN_TURN, INDEPENDENT], ids=["together", "in turn", "independent"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(SMALL, marks=pytest.mark.slow, id="together"),
+        pytest.param(IN_TURN, id="in turn"),
+        pytest.param(INDEPENDENT, marks=pytest.mark.slow, id="independent"),
+    ],
+)
 def test_a_program_does_not_grow_with_the_team(config):
     def length(num_agents):
         shapes = {"agents": (num_agents, 4), "state": (5,)}

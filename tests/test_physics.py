@@ -792,7 +792,8 @@ def test_four_devices_of_one_host_give_the_bits_of_one():
     assert printed.strip() == hashlib.sha256(np.asarray(rolled()["row"]).tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_calls_at_4096_environments_do_not_wait_for_each_other(asynchronous):
     printed = script(MANY.format(asynchronous=asynchronous, length=5, calls=4), 300)
     time, finite = printed.split()

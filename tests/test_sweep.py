@@ -152,6 +152,7 @@ SIZES = "--total-steps 1024 --num-envs 8 --unroll-length 16 --num-evals 1 --eval
 SIZES += ["--num-checkpoints", "1", "--algo.actor-hidden", "8", "--algo.critic-hidden", "8"]
 
 
+@pytest.mark.slow
 def test_the_command_trains_what_is_missing_and_reports(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["sweep", "ppo", "gymnax/Pendulum-v1", "--run-dir", "s", *SIZES]
