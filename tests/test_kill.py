@@ -53,7 +53,7 @@ RUNS = {
     "mappo": "particle/simple_spread --env.N 2 --algo.actor-hidden 8 --algo.critic-hidden 8 --algo.num-epochs 1 "
     "--algo.num-minibatches 2 --algo.sequential True --algo.gamma 0.9 --algo.gae-lambda 0.9 --algo.learning-rate 0.03",
     "hasac": f"particle/simple_speaker_listener {OFF_POLICY} --algo.anneal-alpha True --algo.tune-alpha False",
-    "maddpg": f"particle/simple_speaker_listener {OFF_POLICY} --algo.policy-delay 2",
+    "maddpg": f"particle/simple_speaker_listener {OFF_POLICY} --algo.policy-delay 2 --algo.actor-learning-rate 0.003",
     "bc": "probe/lqr --env.scale 1 --algo.actor-hidden 8 --algo.num-minibatches 2 --algo.learning-rate 0.03 "
     "--data DATA",
 }
