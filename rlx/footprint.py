@@ -101,6 +101,7 @@ class Collective(NamedTuple):
     kind: str  # all-reduce, all-gather, ...
     bytes: int  # of its result on a device
     times: int  # that one call of the program runs it
+    arrays: int  # of which its result consists
 
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -140,7 +141,8 @@ def collectives(text: str) -> list[Collective]:
                 continue
             kind = found[2].removesuffix("-start")
             if kind in KINDS:
-                yield Collective(kind, size_of(found[1], found[2] in OPERANDS_FIRST), times)
+                parts = sizes_of(found[1], found[2] in OPERANDS_FIRST)
+                yield Collective(kind, sum(parts), times, len(parts))
                 continue
             trips = _TRIPS.search(line) if kind == "while" else None
             inside = times * int(trips[1]) if trips else times
@@ -152,12 +154,14 @@ def collectives(text: str) -> list[Collective]:
     return sorted(visit(entry, 1), key=lambda c: -c.bytes)
 
 
-def size_of(shape: str, results_alone: bool = False) -> int:
-    """Bytes of an HLO shape such as `(f32[8,4]{1,0}, pred[])`; of its second half alone where operands come first."""
+def sizes_of(shape: str, results_alone: bool = False) -> list[int]:
+    """Bytes of each array of an HLO shape such as `(f32[8,4]{1,0}, pred[])`; of its second half alone where operands
+    come first.
+    """
     found = _SHAPE.findall(shape)
     if results_alone:
         found = [part for part in found if part != ("u32", "")]  # contexts
         found = found[len(found) // 2 :]
     sizes = (math.prod(int(n) for n in size.split(",") if n) for _, size in found)
     widths = (SIZES.get(kind, 1 if kind.startswith("f8") else 4) for kind, _ in found)
-    return sum(size * width for size, width in zip(sizes, widths, strict=True))
+    return [size * width for size, width in zip(sizes, widths, strict=True)]

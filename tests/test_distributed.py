@@ -216,37 +216,43 @@ def test_the_curve_is_that_of_one_process_with_as_many_devices(whole, name, coun
     assert_close(whole, tmp_path / "one", 1e-4, until=20)
 
 
+@pytest.fixture(scope="module")
+def stopped(name, count, tmp_path_factory):
+    """A run of which one process was told to stop, and how each of them ended. Whoever goes on with it takes a copy."""
+    folder = tmp_path_factory.mktemp(f"{name}-{count}") / "stopped"
+    index, number = (count - 1, signal.SIGTERM) if count == 2 else (0, signal.SIGINT)
+    run = train(name, folder, count)
+    run.each[0].read(REPORT, times=12)  # behind a checkpoint
+    run.each[index].process.send_signal(number)
+    time.sleep(4)  # it is heard within a second or two; until then the pipe that is full holds the run up
+    found = run.finish()
+    print(f"{name}, {count} processes: {number.name} to process {index}")
+    return folder, found
+
+
+@SLOW
+@NAMES
+@COUNTS
+def test_a_signal_to_any_process_saves_once_and_ends_all(stopped, name, count):
+    folder, found = stopped
+    assert [status for status, _, _ in found] == [130] * count, found
+    last = rows(folder)[-1]["step"]
+    assert last == Checkpointer(folder / "checkpoints").steps()[-1] < EPOCHS * 16
+    assert f"stopped at step {last:,}; go on with: the same command again\n" in found[0][1]
+    print(f"{name}, {count} processes: all saved and ended at step {last}")
+
+
 @SLOW
 @NAMES
 @COUNTS
 def test_a_lost_process_ends_the_others_and_the_same_command_goes_on_as_if_nothing_had_happened(
-    whole, name, count, tmp_path
+    whole, stopped, name, count, tmp_path
 ):
-    folder = tmp_path / "run"
-    for index, times in ((count - 1, 12), (0, 3)):  # behind a checkpoint, and not so far that the run could end
-        run = train(name, folder, count)
-        run.each[0].read(REPORT, times=times)
-        print(f"{name}, {count} processes: process {index} killed, the others ended in {run.kill(index):.1f} s")
-    assert "resuming at step" in train(name, folder, count).succeed()
-    assert_same_run(folder, whole)
-
-
-@SLOW
-@NAMES
-@COUNTS
-def test_sigterm_to_any_process_saves_once_and_ends_all(whole, name, count, tmp_path):
-    folder = tmp_path / "run"
-    for index, number in ((count - 1, signal.SIGTERM), (0, signal.SIGINT)):
-        run = train(name, folder, count)
-        run.each[0].read(REPORT, times=2)
-        run.each[index].process.send_signal(number)
-        time.sleep(4)  # it is heard within a second or two; until then the pipe that is full holds the run up
-        found = run.finish()
-        assert [status for status, _, _ in found] == [130] * count, found
-        last = rows(folder)[-1]["step"]
-        assert last == Checkpointer(folder / "checkpoints").steps()[-1] < EPOCHS * 16
-        assert f"stopped at step {last:,}; go on with: the same command again\n" in found[0][1]
-        print(f"{name}, {count} processes: {number.name} to process {index}, all saved and ended at step {last}")
+    folder, index = tmp_path / "run", 0 if count == 2 else count - 1
+    shutil.copytree(stopped[0], folder)
+    run = train(name, folder, count)
+    run.each[0].read(REPORT, times=3)  # not so far that the run could end
+    print(f"{name}, {count} processes: process {index} killed, the others ended in {run.kill(index):.1f} s")
     assert "resuming at step" in train(name, folder, count).succeed()
     assert_same_run(folder, whole)
 
@@ -254,25 +260,21 @@ def test_sigterm_to_any_process_saves_once_and_ends_all(whole, name, count, tmp_
 @SLOW
 @NAMES
 @pytest.mark.parametrize("count", [4], scope="module")
-def test_saved_by_four_goes_on_in_two_and_in_one(whole, name, tmp_path):
-    run = train(name, tmp_path / "four", 4)
-    run.each[0].read(REPORT, times=25)
-    run.kill(2)
-    step = Checkpointer(tmp_path / "four" / "checkpoints").steps()[-1]
-    saved = restored(tmp_path / "four")  # in this one process, on one device
-    assert saved[1] == step
-    for count in (2, 1):
-        folder = tmp_path / str(count)
-        shutil.copytree(tmp_path / "four", folder)
-        if count == 2:
+def test_saved_by_four_goes_on_in_two_and_in_one(whole, stopped, name, count, tmp_path):
+    step = Checkpointer(stopped[0] / "checkpoints").steps()[-1]
+    assert restored(stopped[0])[1] == step  # in this one process, on one device
+    for number in (2, 1):
+        folder = tmp_path / str(number)
+        shutil.copytree(stopped[0], folder)
+        if number == 2:
             said = Processes(2, "resume", folder).succeed()
         else:
             status, _, said = Rlx("resume", folder).finish()
             assert status == 0, said
-        assert f"resuming at step {step}\n" in said and f"begun on 4 devices, goes on on {count}" in said
+        assert f"resuming at step {step}\n" in said and f"begun on 4 devices, goes on on {number}" in said
         assert_close(folder, whole, 1e-4, until=step // 16 + 5)
         assert rows(folder)[: step // 16 + 1] == rows(whole)[: step // 16 + 1]
-        print(f"{name}: saved by four at step {step}, gone on with by {count}")
+        print(f"{name}: saved by four at step {step}, gone on with by {number}")
 
 
 @SLOW

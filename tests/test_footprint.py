@@ -14,7 +14,7 @@ import pytest
 from rlx import footprint
 from rlx.algorithms import ppo, sac
 from rlx.errors import UserError
-from rlx.footprint import Collective, collectives, size_of
+from rlx.footprint import Collective, collectives, sizes_of
 from rlx.logging import Progress
 from rlx.machine import available_memory
 from rlx.training import train
@@ -56,7 +56,7 @@ ENTRY %main.9 (p: f32[8,4]) -> f32[] {
 
 
 def test_collectives_are_counted_as_often_as_their_loop_runs():
-    assert collectives(MODULE) == [Collective("all-reduce", 144, 5), Collective("all-gather", 32, 1)]
+    assert collectives(MODULE) == [Collective("all-reduce", 144, 5, 2), Collective("all-gather", 32, 1, 1)]
 
 
 def test_a_compiled_program_without_devices_to_talk_to_has_none():
@@ -64,11 +64,17 @@ def test_a_compiled_program_without_devices_to_talk_to_has_none():
 
 
 @pytest.mark.parametrize(
-    ("shape", "size"),
-    [("f32[8,4]{1,0}", 128), ("pred[]", 1), ("(u64[3], bf16[2,2], s32[])", 36), ("f32[0,4]", 0), ("f8e4m3fn[3]", 3)],
+    ("shape", "sizes"),
+    [
+        ("f32[8,4]{1,0}", [128]),
+        ("pred[]", [1]),
+        ("(u64[3], bf16[2,2], s32[])", [24, 8, 4]),
+        ("f32[0,4]", [0]),
+        ("f8e4m3fn[3]", [3]),
+    ],
 )
-def test_sizes_of_shapes(shape, size):
-    assert size_of(shape) == size
+def test_sizes_of_shapes(shape, sizes):
+    assert sizes_of(shape) == sizes
 
 
 def test_memory_of_a_program_is_its_arguments_and_what_it_makes():

@@ -3,10 +3,12 @@
     python experiments/benchmarks/processes.py
     python experiments/benchmarks/processes.py --env playground/CheetahRun --processes 1 2 4 --num-envs 256
 
-P processes train PPO with `--num-envs` environments each: joined into one run, and, as the measure of what the machine
-gives, each for itself at the same time, with the same work and nothing sent. The share of the collectives is what the
-joined ones take longer. Both take turns, `--repeats` times after two to warm up; medians. On one machine processes
-share its cores, so steps/s say little: what counts is the share, and how it grows with the processes.
+PPO with `--num-envs` environments a device, on P devices: P processes joined into one run; one process with P devices;
+and, as the measure of what the machine gives, P processes each for itself at the same time, with the same work and
+nothing sent. The share of the collectives is what the others take longer than these. All three take turns, `--repeats`
+times after two to warm up; medians. "Sums" are the arrays that an iteration sums over devices, read from the compiled
+program: gloo sums one after the other. On one machine processes share its cores, so steps/s say little: what counts is
+the share, and how it grows with the processes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import socket
 import statistics
@@ -39,6 +42,7 @@ def work(options: argparse.Namespace) -> None:
     from rlx import distributed, settings
     from rlx.algorithms import ppo
     from rlx.compilation import compile_run
+    from rlx.footprint import collectives
     from rlx.logging import Progress
     from rlx.schedule import TrainConfig, make_schedule
     from rlx.training import build_algorithm
@@ -60,7 +64,8 @@ def work(options: argparse.Namespace) -> None:
     programs = compile_run(env, lambda varied, draw: built, schedule, train, key, {}, None, Progress(quiet=True))
     state = jax.block_until_ready(programs.init(key, {}, None, programs.arrays))
     steps = options.iterations * options.num_envs * train.unroll_length
-    print(json.dumps({"steps": steps, "devices": devices}), flush=True)
+    sums = sum(found.times * found.arrays for found in collectives(programs.epoch.as_text()))
+    print(json.dumps({"steps": steps * devices, "devices": devices, "sums": sums}), flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
         state, metrics = programs.epoch(state, {}, programs.arrays)
@@ -69,9 +74,9 @@ def work(options: argparse.Namespace) -> None:
 
 
 class Team:
-    """P processes, joined or not."""
+    """`count` processes, joined or not, of `devices` each."""
 
-    def __init__(self, options: argparse.Namespace, count: int, joined: bool):
+    def __init__(self, options: argparse.Namespace, count: int, joined: bool, devices: int = 1):
         port = 0
         if joined:
             with socket.socket() as found:
@@ -82,10 +87,12 @@ class Team:
         for index in range(count):
             command = [sys.executable, __file__, *map(str, sizes), "--worker", *map(str, (count, index, port))]
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self._each.append(subprocess.Popen(command, **pipes))
+            environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+            self._each.append(subprocess.Popen(command, env=environment, **pipes))
         found = self._read()
-        self.steps = sum(entry["steps"] for entry in found)
-        assert all(entry["devices"] == (count if joined else 1) for entry in found)
+        self.sums = found[0]["sums"]
+        self.steps = found[0]["steps"] * (1 if joined else count)
+        assert all(entry["devices"] == devices * (count if joined else 1) for entry in found)
 
     def _read(self) -> list[Any]:
         answers = []
@@ -113,13 +120,28 @@ class Team:
             process.wait()
 
 
+def cells(row: dict[str, Any]) -> list[str]:
+    """Steps/s of each kind, the share of it that collectives take, and how many sums they are, of how long."""
+    shares, texts = {}, {}
+    for kind, found in row["seconds"].items():
+        shares[kind] = [1 - alone / longer for longer, alone in zip(found, row["seconds"]["alone"], strict=True)]
+        texts[kind] = f"{row['steps'] / statistics.median(found):,.0f}"
+        if kind != "alone":
+            texts[kind] += (
+                f" | {statistics.median(shares[kind]):.2f} ({min(shares[kind]):.2f} to {max(shares[kind]):.2f})"
+            )
+    longer = [a - b for a, b in zip(row["seconds"]["processes"], row["seconds"]["alone"], strict=True)]
+    each = f"{1e3 * statistics.median(longer) / row['sums']:.2f} ms" if row["sums"] else "-"
+    return [str(row["devices"]), f"{row['num_envs']:,}", *texts.values(), f"{row['sums'] // row['iterations']:,}", each]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="playground/CheetahRun")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--num-envs", type=int, default=256, help="of each process")
-    parser.add_argument("--iterations", type=int, default=4, help="in a block")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--iterations", type=int, default=2, help="in a block")
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--worker", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -127,21 +149,20 @@ def main() -> None:
         work(options)
         return
     rows: list[dict[str, Any]] = []
-    columns = ("processes", "environments", "joined: steps/s", "each alone: steps/s", "share of collectives")
+    columns = ("devices", "environments", "alone", "one process", "share", "processes", "share", "sums", "each")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for count in options.processes:
-        joined, alone = Team(options, count, True), Team(options, count, False)
-        pairs = [(joined.block(), alone.block()) for _ in range(WARM_UPS + options.repeats)][WARM_UPS:]
-        joined.close()
-        alone.close()
-        seconds = {"joined": [pair[0] for pair in pairs], "alone": [pair[1] for pair in pairs]}
-        shares = [1 - without / with_ for with_, without in pairs]
-        row = {"processes": count, "num_envs": options.num_envs * count, "steps": joined.steps, "seconds": seconds}
-        row |= {"share": statistics.median(shares), "share_min": min(shares), "share_max": max(shares)}
+        teams = {"alone": Team(options, count, False), "one process": Team(options, 1, False, count)}
+        teams["processes"] = Team(options, count, True)
+        assert len({team.steps for team in teams.values()}) == 1
+        turns = [[team.block() for team in teams.values()] for _ in range(WARM_UPS + options.repeats)][WARM_UPS:]
+        for team in teams.values():
+            team.close()
+        seconds = dict(zip(teams, map(list, zip(*turns, strict=True)), strict=True))
+        row = {"devices": count, "num_envs": options.num_envs * count, "steps": teams["alone"].steps}
+        row |= {"iterations": options.iterations, "sums": teams["processes"].sums, "seconds": seconds}
         rows.append(row)
-        speeds = [f"{row['steps'] / statistics.median(found):,.0f}" for found in seconds.values()]
-        share = f"{row['share']:.2f} ({row['share_min']:.2f} to {row['share_max']:.2f})"
-        print(f"| {' | '.join(map(str, [count, row['num_envs'], *speeds, share]))} |", flush=True)
+        print(f"| {' | '.join(cells(rows[-1]))} |", flush=True)
     about = {"env": options.env, "cores": usable_cores(), "versions": versions(), "commit": commit()}
     about["command"] = shlex.join(["experiments/benchmarks/processes.py", *sys.argv[1:]])
     write_atomically(options.out, json.dumps(about | {"rows": rows}, indent=1) + "\n")
