@@ -20,6 +20,7 @@ from rlx.errors import UserError
 from rlx.logging import Progress, read_metrics
 from rlx.training import train, train_many
 from tests.test_distributed import Processes
+from tests.test_kill import REPORT
 from tests.test_training import CONFIG, SMALL, assert_same_state, quiet, without_time
 from tests.worlds import Counter
 
@@ -290,14 +291,15 @@ def test_a_run_that_is_there_is_kept_unless_it_is_overwritten(address):
 
 
 @pytest.mark.slow
-def test_two_processes_train_there_and_one_goes_on(address, machine, tmp_path):
-    words = (
-        "train ppo probe/lqr --total-steps 384 --num-envs 4 --unroll-length 8 --eval-episodes 4 --num-evals 2 --quiet "
-    )
+def test_two_processes_train_there_survive_a_kill_and_one_goes_on(address, machine, tmp_path):
+    words = "train ppo probe/lqr --total-steps 2304 --num-envs 4 --unroll-length 8 --eval-episodes 4 --num-evals 2 "
     words += "--iterations-per-epoch 1 --algo.actor-hidden 8 --algo.critic-hidden 8 --algo.num-epochs 1 "
-    words += "--algo.num-minibatches 2 --num-groups 2"
-    for folder in (address, str(tmp_path / "local")):
-        Processes(2, *words.split(), "--run-dir", folder).succeed()
+    words += "--algo.num-minibatches 2 --num-groups 2 --num-checkpoints 12"
+    run = Processes(2, *words.split(), "--run-dir", address)
+    run.each[0].read(REPORT, times=12)  # of 72
+    run.kill(1)
+    assert "resuming at step" in Processes(2, *words.split(), "--run-dir", address).succeed()
+    Processes(2, *words.split(), "--run-dir", tmp_path / "local").succeed()
     there = storage.home(address)
     lines = [json.loads(line) for line in (there / "metrics.jsonl").read_text().splitlines()]
     assert without_time(lines) == without_time(read_metrics(tmp_path / "local" / "metrics.jsonl"))
