@@ -17,7 +17,7 @@ import pytest
 
 from rlx import cli, distributed
 from rlx.checkpoint import Checkpointer
-from rlx.cli.processes import take_flags
+from rlx.cli.processes import lost_others, take_flags
 from rlx.errors import UserError
 from rlx.logging import locked, read_metrics, versions
 from rlx.schedule import TrainConfig, make_schedule
@@ -155,6 +155,15 @@ def test_a_folder_is_waited_for_as_long_as_processes_may_take_to_end(tmp_path):
 def test_one_process_asks_nobody():
     assert distributed.is_first() and not distributed.several() and not distributed.told_to_stop()
     assert distributed.on_first(lambda: (1, "a")) == (1, "a")  # as it is, not as JSON
+
+
+def test_what_xla_says_of_the_others_is_told_from_errors_of_this_process():
+    gone = "Gloo all-reduce failed: Connection closed by peer"
+    for error in (jax.errors.JaxRuntimeError(f"UNAVAILABLE: {gone}"), ValueError(f"UNKNOWN: {gone}")):
+        assert lost_others(error)
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    for error in (full, ValueError("rows of unequal length"), UserError("gamma = 2 is not possible"), OSError("disk")):
+        assert not lost_others(error)
 
 
 # What goes wrong while they start.

@@ -23,6 +23,16 @@ def take_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")  # what XLA says of this process, not of the others
+LOST = ("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: ", "CANCELLED: ", "DEADLINE_EXCEEDED: ")  # or of them
+
+
+def lost_others(error: Exception) -> bool:
+    """Whether XLA says of another process that it is gone. Reading an array turns its errors into ValueErrors."""
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return not str(error).startswith(OWN)
+    return isinstance(error, ValueError) and str(error).startswith(LOST)
 
 
 @contextlib.contextmanager
@@ -39,13 +49,11 @@ def joined(flags: argparse.Namespace, report: Callable[[Exception], int]) -> Ite
         distributed.start(flags.coordinator, flags.num_processes, flags.process_index, flags.start_timeout)
         met = True
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if str(error).startswith(OWN):
-            leave(report(error))
-        why = str(error).splitlines()[0]
-        report(UserError(f"this process lost the others ({why}). The last checkpoint stands: start all again."))
-        leave(1)
     except Exception as error:
+        if lost_others(error):
+            why = str(error).splitlines()[0]
+            report(UserError(f"this process lost the others ({why}). The last checkpoint stands: start all again."))
+            leave(1)
         status = report(error)
         if met and isinstance(error, UserError):
             with contextlib.suppress(Exception):  # most often all meet it
