@@ -293,7 +293,7 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(whole, name, count, tmp_pa
     while kills < 20:
         folder, steps = tmp_path / f"run-{runs}", [0]
         while kills < 20 and len(steps) < EPOCHS - 60:  # so far from the end that no run comes to it unkilled
-            run = train(name, folder, count)
+            run = train(name, folder, count, checkpoints=EPOCHS // 2)  # so that it gets further between the kills
             run.each[0].read(REPORT, times=chance.randrange(1, 6))
             for _ in range(chance.choice([0, 1000])):  # at once, or in the middle of a checkpoint
                 if any((folder / "checkpoints").glob("*.new*")):
@@ -306,7 +306,7 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(whole, name, count, tmp_pa
             assert steps == [16 * epoch for epoch in range(len(steps))]
             kept = Checkpointer(folder / "checkpoints").steps()
             print(f"kill {kills}: process {index} at step {steps[-1]}, others ended in {seconds:.1f} s, kept {kept}")
-        train(name, folder, count).succeed()
+        train(name, folder, count, checkpoints=EPOCHS // 2).succeed()
         assert_same_run(folder, whole)
         print(
             f"{EPOCHS + 1} rows, each once; checkpoints, metrics, events, evaluation are those of a run without kills"

@@ -165,7 +165,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
 
 def fail(error: Exception) -> int:
     text = str(error) if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {error}"
-    print(f"FAIL  {text}", file=sys.stderr)
+    sys.stderr.write(f"FAIL  {text}\n")  # at once: other processes write there too
     return 1
 
 
