@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from rlx.logging import (
     run_directories,
     write_atomically,
 )
-from rlx.recording import Recorder, mirror, open_checkpoints, restore_newest
+from rlx.recording import Recorder, check_same_settings, mirror, open_checkpoints, restore_newest
 from rlx.rollout import where_done
 from rlx.schedule import check_seed
 from rlx.types import PyTree
@@ -77,6 +77,34 @@ def create(run_dir: str | Path, descriptions: Mapping[str, Mapping[str, Any]], o
             storage.clear(folder, [old.name])
     write_atomically(folder / RUNS, json.dumps({"runs": list(descriptions)}) + "\n")
     return [RunDirectory.create(folder / name, entries, overwrite) for name, entries in descriptions.items()]
+
+
+def reopen(run_dir: str | Path, descriptions: Mapping[str, Mapping[str, Any]]) -> list[RunDirectory]:
+    """Those of a program that is to go on. Raises UserError where they are others, or were begun otherwise."""
+    check_names(run_dir, list(descriptions))
+    found = []
+    for name, description in descriptions.items():
+        folder = Path(run_dir) / name
+        if not (folder / "config.json").exists():  # a kill may have come before all were made
+            RunDirectory.create(folder, description)
+        found.append(RunDirectory.open(folder))
+        check_same_settings(found[-1].config, description)
+    return found
+
+
+@contextlib.contextmanager
+def traced(varied: Mapping[str, jax.Array]) -> Iterator[None]:
+    """Raises UserError where an algorithm cannot be traced with settings of its Config that are arrays."""
+    try:
+        yield
+    except jax.errors.JAXTypeError as error:
+        if not varied:
+            raise
+        raise UserError(
+            f"runs that differ in {', '.join(f'algo.{name}' for name in varied)} could not be traced as one program. "
+            "Does the algorithm decide on it in Python (`if`, `float()`, a shape)? Floats of a Config may only enter "
+            f"jax's functions. {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def varied_settings(runs: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any, dict[str, jax.Array]]:

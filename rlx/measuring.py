@@ -35,9 +35,9 @@ from rlx.collection import random_policy
 from rlx.compilation import compile_program
 from rlx.environment import Environment
 from rlx.epoch import init_state, make_epoch
+from rlx.learners import build_algorithm
 from rlx.rollout import make_source
 from rlx.schedule import TrainConfig, make_schedule, one_device
-from rlx.training import build_algorithm
 
 BLOCK_SECONDS = 1.0  # a timed block lasts at least this long
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,13 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlx import group, settings, storage
-from rlx.algorithm import Algorithm, Data, Key, Mode, Plan, Policy
+from rlx import group, storage
+from rlx.algorithm import Data, Policy
 from rlx.compilation import Programs, compile_run
 from rlx.distributed import check_shared, is_first, on_first, several
 from rlx.environment import Environment
 from rlx.epoch import EpochMetrics, TrainState
-from rlx.errors import UserError, require
+from rlx.errors import require
+from rlx.learners import build_algorithm, check_data, check_policy, maker
 from rlx.logging import Progress, RunDirectory, Writer, locked
 from rlx.recording import (
     Recorder,
@@ -30,12 +29,9 @@ from rlx.recording import (
     describe,
     draw_curve,
     note_resume,
-    open_checkpoints,
     say_other_devices,
 )
-from rlx.schedule import Schedule, TrainConfig, make_schedule, one_device
-from rlx.sharding import without_past
-from rlx.types import Discrete, PyTree, Spec
+from rlx.schedule import Schedule, TrainConfig, make_schedule
 
 LOST = 60.0  # seconds in which processes of a run that lost one of them end, and leave its directory
 
@@ -239,13 +235,7 @@ def train_many(
     directories = []
     run_dir = None if run_dir is None else storage.fetch(run_dir)
     if run_dir is not None and resume:
-        group.check_names(run_dir, names)
-        for name in names:  # a kill may have come before all were made
-            if not (Path(run_dir) / name / "config.json").exists():
-                RunDirectory.create(Path(run_dir) / name, descriptions[name])
-        directories = [RunDirectory.open(Path(run_dir) / name) for name in names]
-        for directory in directories:
-            check_same_settings(directory.config, descriptions[directory.path.name])
+        directories = group.reopen(run_dir, descriptions)
         say_other_devices(directories[0].config, descriptions[names[0]], progress)
     elif run_dir is not None:
         group.check_free(run_dir, names, overwrite)
@@ -262,16 +252,8 @@ def train_many(
             stack.enter_context(locked(str(run_dir)))
         if run_dir is not None:
             storage.claim(run_dir)
-        try:
+        with group.traced(varied):
             programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress, data)
-        except jax.errors.JAXTypeError as error:
-            if not varied:
-                raise
-            raise UserError(
-                f"runs that differ in {', '.join(f'algo.{name}' for name in varied)} could not be traced as one "
-                "program. Does the algorithm decide on it in Python (`if`, `float()`, a shape)? Floats of a Config may "
-                f"only enter jax's functions. {type(error).__name__}: {str(error).splitlines()[0]}"
-            ) from error
         for directory in directories:
             note_resume(directory, progress if directory is directories[0] else Progress(quiet=True))
         if run_dir is not None and not resume:
@@ -300,133 +282,3 @@ def train_many(
         policy = of_run.policy(own.learner, "greedy")
         found[name] = Run(own, member.history, policy, interrupted, recorder.failed.get(name, ""))
     return found
-
-
-def build_algorithm(module: Any, config: Any, env: Environment, plan: Plan) -> Algorithm:
-    """Checks the settings of an algorithm and makes it. Raises UserError for those that cannot work."""
-    settings.check_types(config, "algo.")
-    check = getattr(module, "check", None)
-    if check:
-        check(config, env.spec, plan)
-    return module.make(config, env.spec, plan)
-
-
-def check_policy(algorithm: Algorithm, policy: Policy | None) -> None:
-    """Raises UserError, with the first leaf that differs, where a policy to start from is of another kind."""
-    if policy is None:
-        return
-    key = jax.random.key(0)
-    wanted = jax.eval_shape(lambda key: algorithm.policy(algorithm.init(key), "greedy"), key)
-    try:  # one of another algorithm may do: a cloned policy has what fine-tuning takes
-        begun = jax.eval_shape(lambda key, policy: algorithm.policy(algorithm.init(key, policy), "greedy"), key, policy)
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
-        begun = policy
-    has, takes = (
-        {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (begun, wanted))
-    )
-    for name in takes | has:
-        found, allowed = has.get(name, "nothing"), takes.get(name, "nothing")
-        if found != allowed:
-            raise UserError(f"the policy to start from has {found} at {name}; this run's learner takes {allowed}.")
-
-
-def distance_between(before: Algorithm, after: Algorithm, policy: Policy, spec: Spec) -> float:
-    """By how much greedy actions of `policy`, one of `before`, differ at most once `after` starts from it. () float.
-
-    Observations are made up: normal numbers of several sizes. Discrete actions differ by 0 or 1.
-    """
-    obs_key, key, sizes = jax.random.key(0), jax.random.key(1), jnp.geomspace(0.01, 10.0, 64)
-    leaves, tree = jax.tree.flatten(spec.obs)
-    draws = [jax.random.normal(jax.random.fold_in(obs_key, i), (len(sizes), *x.shape)) for i, x in enumerate(leaves)]
-    obs = jax.tree.unflatten(
-        tree,
-        [
-            (draw * sizes.reshape(-1, *[1] * (draw.ndim - 1))).astype(x.dtype)
-            for draw, x in zip(draws, leaves, strict=True)
-        ],
-    )
-
-    def actions(algorithm: Algorithm, policy: Policy) -> jax.Array:
-        memory = jax.vmap(algorithm.memory)(jax.random.split(key, len(sizes)))
-        return algorithm.act(policy, memory, obs, key, "greedy")[1]
-
-    @jax.jit
-    def distance(policy: Policy) -> jax.Array:
-        begun = after.policy(after.init(key, policy), "greedy")
-        difference = actions(before, policy) - actions(after, begun)
-        return (
-            jnp.minimum(jnp.abs(difference), 1).max()
-            if isinstance(spec.action, Discrete)
-            else jnp.abs(difference).max()
-        )
-
-    return float(distance(policy))
-
-
-def maker(module: Any, config: Any, env: Environment, plan: Plan) -> Callable[..., Algorithm]:
-    """(varied settings, draws out of a data set or None) -> the algorithm; draws only where its `make` takes `data`."""
-    takes = "data" in inspect.signature(module.make).parameters
-
-    def make(varied: Mapping[str, jax.Array], draw: Callable[..., Any] | None) -> Algorithm:
-        keywords = {"data": draw} if takes and draw else {}
-        return module.make(dataclasses.replace(config, **varied), env.spec, plan, **keywords)
-
-    return make
-
-
-def check_data(module: Any, config: Any, algorithm: Algorithm, env: Environment, data: Data | None) -> Data | None:
-    """The data as this learner takes them: in the place of environments, or beside them (without `source`).
-
-    `uses_data(config)` of its module says which, "alone" or "beside", or "" for neither; a module without it takes any
-    learner's trajectories. Raises UserError for one that needs data without any, or that data cannot serve.
-    """
-    name = getattr(module, "__name__", type(module).__name__).rpartition(".")[2]
-    kind = module.uses_data(config) if hasattr(module, "uses_data") else None
-    if data is None:
-        allowed = f"at these settings {name} learns from a data set (--data FILE; `rlx collect` makes one)"
-        require(not kind, "data", None, allowed)
-        return None
-    if kind is not None:
-        files = [entry["path"] for entry in data.record]
-        require(bool(kind), "data", files, f"none: at these settings {name} takes nothing out of it (algo.data_batch)")
-        return data if kind == "alone" else data._replace(source=None)
-
-    def act(key: Key) -> PyTree:
-        memory, obs = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), (algorithm.memory(key), env.spec.obs))
-        return algorithm.act(algorithm.policy(algorithm.init(key), "explore"), memory, obs, key, "explore")[2]
-
-    extras = jax.eval_shape(act, jax.random.key(0))
-    if jax.tree.leaves(extras):
-        raise UserError(f"{name} cannot learn from data: its update needs {type(extras).__name__}, noted while acting.")
-    return data
-
-
-def load_policy(
-    run_dir: str | Path,
-    env: Environment,
-    algorithm: Any,
-    train_config: TrainConfig,
-    config: Any,
-    best: bool = False,
-    mode: Mode = "greedy",
-    step: int | None = None,
-) -> tuple[Algorithm, Policy, int]:
-    """The algorithm of a run and the policy of its newest whole checkpoint, or of its best evaluation; the step.
-
-    `step`: the checkpoint of that step instead of the newest.
-
-    Raises UserError where there is none, or where it is of another algorithm or environment.
-    """
-    plan = make_schedule(env, one_device(train_config)).plan
-    built = algorithm.make(config, env.spec, plan)  # unchecked: what it needs to learn need not be here
-    directory = RunDirectory.open(storage.fetch(run_dir))
-    check_alone(directory)
-    checkpointer = open_checkpoints(directory, train_config.keep_checkpoints)
-    learner = without_past(jax.eval_shape(built.init, jax.random.key(0)))
-    if best:
-        greedy = jax.eval_shape(lambda learner: built.policy(learner, "greedy"), learner)
-        return built, *checkpointer.restore_best(greedy)
-    # The learner alone: the environments' part depends on the physics engine, which may be another one here.
-    state, step = checkpointer.restore(TrainState(learner, (), (), ()), step, partial=True)  # type: ignore[arg-type]
-    return built, built.policy(state.learner, mode), step

@@ -17,16 +17,17 @@ from jax.sharding import PartitionSpec
 
 import envs
 from envs.physics.native import calling_devices
-from rlx import data, training
+from rlx import data, learners
 from rlx.algorithms import ALGORITHMS, bc, ppo, sac
 from rlx.collection import Part, collect, random_policy
 from rlx.compilation import compile_run
 from rlx.errors import UserError
 from rlx.footprint import collectives
+from rlx.learners import maker
 from rlx.logging import Progress
 from rlx.schedule import TrainConfig, make_schedule
 from rlx.sharding import make_mesh, on_parts
-from rlx.training import maker, train, train_many
+from rlx.training import train, train_many
 from tests.kinds import OF_EACH_KIND
 from tests.test_training import assert_same_state, without_time
 from tests.worlds import Counter
@@ -335,4 +336,4 @@ def test_minibatches_that_would_need_parts_of_a_group_are_refused():
     plan = make_schedule(env, dataclasses.replace(SMALL, split="envs")).plan
     config = dataclasses.replace(RECURRENT, num_minibatches=4)
     with pytest.raises(UserError, match="8 devices need whole groups"):
-        training.build_algorithm(ppo, config, env, plan)
+        learners.build_algorithm(ppo, config, env, plan)

@@ -11,7 +11,7 @@ import pytest
 
 from rlx.algorithm import Plan
 from rlx.algorithms import bc, fpo, ppo
-from rlx.training import check_policy
+from rlx.learners import check_policy
 from rlx.types import Box, Discrete, Spec, Transition, UserError
 
 SPEC = Spec(obs=jax.ShapeDtypeStruct((1,), jnp.float32), action=Box((1,)))

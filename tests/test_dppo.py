@@ -15,7 +15,7 @@ from rlx import diffusion
 from rlx.actors import Actor
 from rlx.algorithms import bc, dppo, ppo
 from rlx.distributions import Normal
-from rlx.training import check_policy
+from rlx.learners import check_policy
 from rlx.types import Transition, UserError
 from tests.on_policy import CONTINUOUS, DISCRETE, PLAN, one_update, trajectory_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import os
@@ -124,7 +125,7 @@ def test_a_run_resumed_on_another_machine_equals_an_uninterrupted_one(address, m
 
 @pytest.mark.slow
 def test_many_runs_of_one_program_resume_bit_for_bit(address, machine):
-    runs = {f"seed-{seed}": (training.dataclasses.replace(SMALL, seed=seed), CONFIG) for seed in (0, 1)}
+    runs = {f"seed-{seed}": (dataclasses.replace(SMALL, seed=seed), CONFIG) for seed in (0, 1)}
     whole = train_many(Counter(5), ppo, runs, progress=quiet())
     train_many(Counter(5), ppo, runs, run_dir=address, progress=quiet(), on_epoch=stop_after(3))
     storage.remove(storage.home(f"{address}/seed-0/checkpoints"))  # as if they had been killed, not stopped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -34,7 +35,7 @@ SMALL = TrainConfig(
 CONFIG = ppo.Config(actor_hidden=(8,), critic_hidden=(8,), num_epochs=2, num_minibatches=2)
 
 
-@training.dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class NoSettings:
     pass
 
@@ -66,7 +67,7 @@ def test_steps_are_counted_in_inner_steps_and_never_exceed_the_budget():
     assert schedule.plan.num_iterations == 31
     assert schedule.plan.steps_per_iteration == 32
     env = Counter(5)
-    env.spec = training.dataclasses.replace(env.spec, action_repeat=4)
+    env.spec = dataclasses.replace(env.spec, action_repeat=4)
     assert make_schedule(env, TrainConfig(total_steps=1000, num_envs=4, unroll_length=8)).plan.num_iterations == 7
 
 
@@ -142,7 +143,7 @@ def test_a_learner_that_changes_its_dtype_is_refused_by_name():
 def test_same_seed_same_run_other_seed_other_run():
     one, two = run(), run()
     assert_same_state(one.state, two.state)
-    other = run(config=training.dataclasses.replace(SMALL, seed=1))
+    other = run(config=dataclasses.replace(SMALL, seed=1))
     leaves = zip(jax.tree.leaves(one.state.learner.params), jax.tree.leaves(other.state.learner.params), strict=True)
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in leaves)
 
@@ -150,9 +151,9 @@ def test_same_seed_same_run_other_seed_other_run():
 @pytest.mark.slow
 def test_the_length_of_an_epoch_changes_nothing_but_the_pool():
     """With true resets a run is the same whatever the number of iterations between two visits to the host."""
-    always = training.dataclasses.replace(SMALL, reset="always", num_evals=0)
+    always = dataclasses.replace(SMALL, reset="always", num_evals=0)
     one = run(config=always)
-    two = run(config=training.dataclasses.replace(always, iterations_per_epoch=4))
+    two = run(config=dataclasses.replace(always, iterations_per_epoch=4))
     jax.tree.map(np.testing.assert_array_equal, one.state.learner, two.state.learner)
 
 
@@ -195,7 +196,7 @@ def test_a_run_on_native_physics_resumes_bit_for_bit(tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
-    config = training.dataclasses.replace(SMALL, num_checkpoints=1)
+    config = dataclasses.replace(SMALL, num_checkpoints=1)
 
     def die(row):
         raise RuntimeError("killed")
@@ -208,7 +209,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
 def test_a_resumed_run_must_have_the_settings_it_was_begun_with(tmp_path):
     run(tmp_path / "run")
     with pytest.raises(UserError, match="train.seed = 7"):
-        run(tmp_path / "run", training.dataclasses.replace(SMALL, seed=7), resume=True)
+        run(tmp_path / "run", dataclasses.replace(SMALL, seed=7), resume=True)
 
 
 def test_a_resumed_run_must_be_of_the_same_environment(tmp_path):
@@ -220,7 +221,7 @@ def test_a_resumed_run_must_be_of_the_same_environment(tmp_path):
 
 
 def test_a_run_without_a_return_to_draw_ends_all_the_same(tmp_path):
-    config = training.dataclasses.replace(SMALL, num_evals=0)
+    config = dataclasses.replace(SMALL, num_evals=0)
     result = run(tmp_path / "run", config, env=Counter(1000))
     assert not result.interrupted and not (tmp_path / "run/curve.png").exists()
     assert Checkpointer(tmp_path / "run/checkpoints").steps()[-1] == 192
@@ -228,7 +229,7 @@ def test_a_run_without_a_return_to_draw_ends_all_the_same(tmp_path):
 
 def test_an_environment_without_a_time_limit_needs_a_cut_for_evaluations():
     env = Counter(5)
-    env.spec = training.dataclasses.replace(env.spec, episode_length=None)
+    env.spec = dataclasses.replace(env.spec, episode_length=None)
     with pytest.raises(UserError, match="eval_decisions"):
         run(env=env)
 
@@ -272,7 +273,7 @@ def test_steps_pass_two_to_the_31(tmp_path):
     """A checkpoint far into a run: steps are host integers and go on past what int32 holds."""
     per_iteration = 32
     start = 2**31 // per_iteration - 2
-    config = training.dataclasses.replace(SMALL, total_steps=2**31 + 2 * per_iteration, num_evals=0)
+    config = dataclasses.replace(SMALL, total_steps=2**31 + 2 * per_iteration, num_evals=0)
     env, schedule = Counter(5), make_schedule(Counter(5), config)
     algorithm = ppo.make(CONFIG, env.spec, schedule.plan)
     source = make_source(env, schedule.plan, config.reset, config.reset_pool_size)
@@ -282,7 +283,7 @@ def test_steps_pass_two_to_the_31(tmp_path):
     keeper = open_checkpoints(directory, 2)
     keeper.save(start * per_iteration, state)
     keeper.close()
-    config = training.dataclasses.replace(config, iterations_per_epoch=1)
+    config = dataclasses.replace(config, iterations_per_epoch=1)
     result = run(tmp_path / "run", config, resume=True)
     assert [row["step"] for row in result.history] == [2**31 - 32, 2**31, 2**31 + 32, 2**31 + 64]
 
@@ -325,12 +326,12 @@ def test_a_nan_in_the_losses_names_the_leaf_and_keeps_the_last_good_checkpoint(t
 )
 def test_impossible_sizes_are_refused_by_name(field, value):
     with pytest.raises(UserError, match=field):
-        run(config=training.dataclasses.replace(SMALL, **{field: value}))
+        run(config=dataclasses.replace(SMALL, **{field: value}))
 
 
 def test_another_run_s_policy_can_be_the_start():
     first = run()
-    second = run(config=training.dataclasses.replace(SMALL, seed=3), init_policy=first.policy)
+    second = run(config=dataclasses.replace(SMALL, seed=3), init_policy=first.policy)
     assert second.history[0]["eval/return"] == first.history[-1]["eval/return"]
     state: TrainState = second.state
     assert int(state.learner.statistics.count[0]) == 2 * 192

@@ -43,9 +43,9 @@ def work(options: argparse.Namespace) -> None:
     from rlx.algorithms import ppo
     from rlx.compilation import compile_run
     from rlx.footprint import collectives
+    from rlx.learners import build_algorithm
     from rlx.logging import Progress
     from rlx.schedule import TrainConfig, make_schedule
-    from rlx.training import build_algorithm
 
     count, index, port = options.worker
     if port:

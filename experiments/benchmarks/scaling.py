@@ -41,9 +41,9 @@ def compiled_iteration(env_name: str, num_envs: int, num_devices: int) -> dict[s
     from rlx.algorithms import ppo
     from rlx.compilation import compile_run
     from rlx.footprint import collectives, memory
+    from rlx.learners import build_algorithm
     from rlx.logging import Progress
     from rlx.schedule import TrainConfig, make_schedule
-    from rlx.training import build_algorithm
 
     env = envs.make(env_name, physics="mjx") if env_name.startswith(("playground/", "brax/")) else envs.make(env_name)
     layers = [("preset", settings.preset(env_name, "ppo"))]

@@ -21,8 +21,8 @@ import numpy as np
 import envs
 from envs.avoid import FINISH, OBSTACLES, SCALE, START
 from rlx.cli.pairs import load_run
+from rlx.learners import load_policy
 from rlx.rolling import first_episodes
-from rlx.training import load_policy
 
 SHOWN = 100  # paths a panel
 DRAWS = 5_000  # at the saddle point

@@ -21,8 +21,8 @@ import numpy as np
 import envs
 from envs.gridworld import COLOURS, GOAL, LAYOUTS, MIDDLE, SIZE, paint
 from rlx.cli.pairs import load_run
+from rlx.learners import load_policy
 from rlx.rolling import first_episodes
-from rlx.training import load_policy
 
 DRAWS = 4000  # actions whose density is shown
 ENOUGH = 0.2  # share of the rollouts that makes a goal one that a policy goes to

@@ -102,7 +102,7 @@ def load_runs(sources: list[PolicyOf], physics: str) -> list[LoadedRun]:
 def build_part(source: PolicyOf, run: LoadedRun, steps: int, mode: Any, env: Any) -> Any:
     """The policy of a source. Raises UserError for a checkpoint that there is not."""
     from rlx.collection import Part, random_policy
-    from rlx.training import load_policy
+    from rlx.learners import load_policy
 
     record: dict[str, Any] = {"run": str(run.directory.path), "policy": source.policy}
     if source.policy == "random":

@@ -59,9 +59,9 @@ def evaluate(arguments: list[str]) -> int:
             import jax
 
             from rlx.evaluation import make_evaluate, make_player
+            from rlx.learners import load_policy
             from rlx.recording import episodes
             from rlx.schedule import make_schedule, one_device
-            from rlx.training import load_policy
 
         players: dict[str, Any] = {}  # runs of one program may differ in their settings
 

@@ -163,8 +163,8 @@ def start_policy(run_dir: str | None, physics: str, env: Any, module: ModuleType
 
     Raises UserError where they do not fit: for the settings, that policy would be another one.
     """
+    from rlx.learners import build_algorithm, check_policy, distance_between, load_policy
     from rlx.schedule import make_schedule
-    from rlx.training import build_algorithm, check_policy, distance_between, load_policy
 
     frozen = getattr(config, "freeze_statistics", False)
     if not run_dir:

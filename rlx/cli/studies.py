@@ -123,8 +123,8 @@ def plan(every: Sequence[tuple[Program, Pair]], chosen: Sequence[Program], out: 
             for one in planned:
                 check_unchanged(one)
             planned = [one for one in planned if one.program in chosen]
+            from rlx.learners import build_algorithm, check_data
             from rlx.schedule import make_schedule
-            from rlx.training import build_algorithm, check_data
         with shown.phase("building"):
             for one in planned:
                 if not one.finished:

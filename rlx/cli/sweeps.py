@@ -168,8 +168,8 @@ def check(content: Mapping[str, Any], algorithm: Any) -> None:
 
     Writes into `content` which engine "auto" is here: all programs have the same, wherever they go on.
     """
+    from rlx.learners import build_algorithm, check_data
     from rlx.schedule import make_schedule
-    from rlx.training import build_algorithm, check_data
 
     for program in content["programs"]:
         pair, runs = of_program(program, algorithm)
