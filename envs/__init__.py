@@ -14,6 +14,7 @@ from envs.names import NAMES
 from rlx.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    from envs.gymnasium import GymnasiumEnv, GymnasiumVectorEnv
     from rlx.environment import Environment
 
 SUITES = {
@@ -30,7 +31,7 @@ SUITES = {
 }
 PHYSICS = ("auto", "mjx", "mujoco", "warp")
 
-__all__ = ["NAMES", "PHYSICS", "SUITES", "check_name", "make", "names"]
+__all__ = ["NAMES", "PHYSICS", "SUITES", "check_name", "make", "names", "to_gymnasium", "to_gymnasium_vector"]
 
 
 def names() -> tuple[str, ...]:
@@ -75,3 +76,26 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
         env = importlib.import_module(SUITES[suite]).make(member, physics, **overrides)
     env.spec = dataclasses.replace(env.spec, name=name)
     return env
+
+
+def to_gymnasium(env: Environment, params: Any = None, render_mode: str | None = None) -> GymnasiumEnv:
+    """`env` as one instance of `gymnasium.Env` (`envs.gymnasium`).
+
+    `params`: those of every episode, `env.spec.params` if None; `render_mode`: None or "rgb_array". Raises UserError
+    for an environment of several agents.
+    """
+    from envs.gymnasium import GymnasiumEnv
+
+    return GymnasiumEnv(env, params, render_mode)
+
+
+def to_gymnasium_vector(
+    env: Environment, num_envs: int, params: Any = None, render_mode: str | None = None
+) -> GymnasiumVectorEnv:
+    """`num_envs` instances of `env` as one `gymnasium.vector.VectorEnv`, stepped as one compiled program.
+
+    Its autoreset mode is NEXT_STEP. The rest is as for `to_gymnasium`.
+    """
+    from envs.gymnasium import GymnasiumVectorEnv
+
+    return GymnasiumVectorEnv(env, num_envs, params, render_mode)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlx.environment import Environment
     from rlx.epoch import TrainState
     from rlx.evaluation import make_evaluate
+    from rlx.gymnasium import evaluate_gymnasium
     from rlx.schedule import TrainConfig
     from rlx.training import Run, train, train_many
     from rlx.types import Box, Discrete, Spec, TimeStep, Transition
@@ -35,6 +36,7 @@ _HOMES = {
     "TrainConfig": "rlx.schedule",
     "TrainState": "rlx.epoch",
     "Transition": "rlx.types",
+    "evaluate_gymnasium": "rlx.gymnasium",
     "make_evaluate": "rlx.evaluation",
     "train": "rlx.training",
     "train_many": "rlx.training",
@@ -54,6 +56,7 @@ __all__ = [
     "TrainState",
     "Transition",
     "UserError",
+    "evaluate_gymnasium",
     "make_evaluate",
     "train",
     "train_many",

@@ -13,6 +13,7 @@ from typing import Any
 
 from rlx import settings, storage
 from rlx.algorithms import ALGORITHMS
+from rlx.cli.gymnasium import evaluate_gymnasium
 from rlx.cli.pairs import (
     Pair,
     envs_package,
@@ -39,11 +40,15 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--best", action="store_true", help="the policy of the best evaluation, not the newest")
     parser.add_argument("--mode", choices=("greedy", "sample"), help="greedy is deterministic (the run's own)")
     parser.add_argument("--physics", default="", help="another engine than the run's: mjx, warp or mujoco")
+    what = "play this task of Gymnasium instead, HalfCheetah-v5 say; its result goes to eval_gymnasium.json"
+    parser.add_argument("--gymnasium", metavar="TASK", help=what)
     parser.add_argument("--video", metavar="FILE", help="draw the first of them: a .gif, an animated .png or a .webp")
     parser.add_argument("--video-episodes", type=int, default=1, metavar="N", help="how many of them (1)")
     parser.add_argument("--fps", type=float, default=20.0, help="decisions a second of the video (20)")
     options = parser.parse_args(arguments)
     require(options.episodes >= 1, "--episodes", options.episodes, "at least 1")
+    if options.gymnasium:
+        return evaluate_gymnasium(options)
     if options.video:
         from rlx.video import check_video
 
