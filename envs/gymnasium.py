@@ -44,7 +44,7 @@ class GymnasiumEnv(gymnasium.Env):
     def __init__(self, env: Environment, params: PyTree = None, render_mode: str | None = None):
         check(env, render_mode)
         self.observation_space, self.action_space = spaces_of(env.spec)
-        self.env, self.render_mode = env, render_mode
+        self._env, self.render_mode = env, render_mode
         self._params = env.spec.params if params is None else params
         self._reset = jax.jit(lambda seed, params: env.reset(jax.random.key(seed), params))
         self._step = jax.jit(lambda state, action, seed: env.step(state, action, jax.random.key(seed)))
@@ -71,7 +71,7 @@ class GymnasiumEnv(gymnasium.Env):
 
     def render(self) -> Any:
         """A frame [H, W, 3] uint8. Raises UserError where the environment has none."""
-        return None if self.render_mode is None else np.asarray(render(self.env, [jax.device_get(self._state)])[0])
+        return None if self.render_mode is None else np.asarray(render(self._env, [jax.device_get(self._state)])[0])
 
 
 class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
@@ -89,20 +89,20 @@ class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
         self.single_observation_space, self.single_action_space = spaces_of(env.spec)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.env, self.num_envs, self.render_mode = env, num_envs, render_mode
+        self._env, self.num_envs, self.render_mode = env, num_envs, render_mode
         self._params = env.spec.params if params is None else params
         self._begin, self._advance = jax.jit(self._begin_all), jax.jit(self._step_all)
         self._playing: Playing | None = None
 
     def _begin_all(self, seed: jax.Array, params: PyTree) -> Playing:
         keys = jax.random.split(jax.random.key(seed), self.num_envs)
-        state, obs = jax.vmap(self.env.reset, (0, None))(keys, params)
+        state, obs = jax.vmap(self._env.reset, (0, None))(keys, params)
         return Playing(state, obs, jnp.zeros(self.num_envs, bool))
 
     def _step_all(self, now: Playing, actions: jax.Array, seeds: jax.Array, params: PyTree):
         """What comes of `now`, what Gymnasium's `step` returns, and which instances played [B]."""
         keys = jax.random.split(jax.random.key(seeds[0]), self.num_envs)
-        state, timestep = jax.vmap(self.env.step)(now.env, actions, keys)
+        state, timestep = jax.vmap(self._env.step)(now.env, actions, keys)
         obs, reward, terminated, truncated, info = outcome(timestep)
         stepped = Playing(state, obs, terminated | truncated)
         begun = jax.lax.cond(now.ended.any(), lambda: self._begin_all(seeds[1], params), lambda: stepped)
@@ -139,7 +139,7 @@ class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
         if self.render_mode is None or self._playing is None:
             return None
         states = jax.device_get(self._playing.env)
-        return tuple(render(self.env, [jax.tree.map(lambda x: x[i], states) for i in range(self.num_envs)]))  # noqa: B023
+        return tuple(render(self._env, [jax.tree.map(lambda x: x[i], states) for i in range(self.num_envs)]))  # noqa: B023
 
 
 def check(env: Environment, render_mode: str | None) -> None:

@@ -1,4 +1,11 @@
-"""Policies on Gymnasium's tasks: whole episodes in its simulators, one batched `act` a decision. Evaluation alone."""
+"""Policies on Gymnasium's tasks: whole episodes in its simulators, one batched `act` a decision. Evaluation alone.
+
+What rlx trains on beside it (Gymnasium 1.3, brax 0.14.2, gymnax 1.0.1): gymnax's CartPole-v1 and Pendulum-v1 are the
+same, step for step. brax's inverted_pendulum, halfcheetah, hopper, walker2d and pusher have the observations and the
+actions of the v5 tasks, ant those of Ant-v5 made without its contact forces. halfcheetah's model is Gymnasium's but for
+fewer contacts and solver iterations: of 200 random steps from the same states 97 % agree to 1e-5. pusher has another
+object, and the rest integrate by Euler's method, Gymnasium's by RK4: every step differs.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +44,7 @@ def evaluate_gymnasium(
         spec: that of the environment which the policy was trained on. The task must have its observations and
             actions in shape; continuous actions are mapped affinely from [-1, 1] to the task's bounds, and chunks
             and repeats of actions are played as in training.
-        algorithm, policy: what acts.
+        algorithm, policy: what acts, such as `rlx.ppo.make(config, spec, rlx.Plan(1, 1, 1))` and the policy of a Run.
         mode: "greedy" or "sample".
         seed: decides the starts and the noise. The same one gives the same episodes.
         max_decisions: where an episode is cut; 0 takes the task's own limit (`max_episode_steps`).

@@ -6,8 +6,6 @@ import argparse
 import json
 from typing import Any
 
-import numpy as np
-
 from rlx import storage
 from rlx.cli.pairs import load_run, settings_of
 from rlx.errors import require
@@ -51,7 +49,7 @@ def evaluate_gymnasium(options: argparse.Namespace) -> int:
             entry |= {"best": options.best, **episodes(result)}
             write_atomically(path / FILE, json.dumps(entry) + "\n")
             storage.put(path / FILE)
-            mean, std = np.mean(result.returns), np.std(result.returns)
+            mean, std = result.returns.mean(), result.returns.std()
             text = f"mean return {mean:.4g}, standard deviation {std:.4g}, {options.episodes} episodes"
             print(f"{name}step {step:,} on {options.gymnasium}: {text}")
     return 0
