@@ -53,6 +53,8 @@ def evaluate_gymnasium(
         UserError: a task that does not exist, that lacks a package, that does not fit, or that has no limit.
     """
     require(num_episodes >= 1, "num_episodes", num_episodes, "at least 1")
+    require(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2^32 - 1")
+    require(max_decisions >= 0, "max_decisions", max_decisions, "at least 0")
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(contextlib.closing(make(task)))
         name = task if isinstance(task, str) else str(first)

@@ -286,6 +286,15 @@ def test_a_task_that_does_not_fit_is_refused_with_what_both_have(task, spec, mes
         rlx.evaluate_gymnasium(task, spec, CENTRE, (), 2)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_episodes": 0}, "num_episodes = 0"), ({"seed": -1}, "seed = -1"), ({"max_decisions": -1}, "at least 0")],
+)
+def test_numbers_that_make_no_evaluation_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        rlx.evaluate_gymnasium("CartPole-v1", FOUR, CENTRE, (), **options)
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "gymnasium.envs.mujoco.mujoco_rendering", raising=False)
     monkeypatch.setitem(sys.modules, "imageio", None)

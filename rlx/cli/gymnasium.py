@@ -14,16 +14,9 @@ from rlx.logging import FAILED, Progress, RunDirectory, run_directories, write_a
 FILE = "eval_gymnasium.json"  # of the run directory; eval.json is of the run's own environment
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Raises UserError for options of `rlx evaluate` that a task of Gymnasium does not take."""
-    require(not options.video, "--video", options.video, "it draws the run's own environment, not Gymnasium's")
-    require((options.seed or 0) >= 0, "--seed", options.seed, "at least 0")
-    require(options.decisions >= 0, "--decisions", options.decisions, "at least 0")
-
-
 def evaluate_gymnasium(options: argparse.Namespace) -> int:
     """Plays the episodes, prints their mean return, and writes `FILE` into each run's directory."""
-    check_options(options)
+    require(not options.video, "--video", options.video, "it draws the run's own environment, not Gymnasium's")
     with Progress() as shown:
         with shown.phase("building"):
             members = run_directories(storage.fetch(options.run_dir))
