@@ -22,8 +22,8 @@ def evaluate_gymnasium(options: argparse.Namespace) -> int:
             members = run_directories(storage.fetch(options.run_dir))
             run = load_run(members[0], options.physics)
             from rlx.gymnasium import evaluate_gymnasium as play
+            from rlx.learners import load_policy
             from rlx.recording import episodes
-            from rlx.training import load_policy
 
             mode = options.mode or run.train_config.eval_mode
         for path in members:
