@@ -7,7 +7,7 @@ WORKERS ?= 2
 BENCH ?= brax/hopper playground/CheetahRun playground/HopperHop playground/HumanoidRun
 RESULTS := experiments/benchmarks/results
 
-.PHONY: help install train test test-slow lint format bench clean
+.PHONY: help install train test test-slow lint format bench results clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ format: install  ## rewrites what ruff can
 bench: install  ## steps/s, compile time and memory on every physics engine, into experiments/benchmarks/results/
 	@mkdir -p $(RESULTS)
 	@for env in $(BENCH); do $(BIN)/rlx benchmark $$env ppo --out $(RESULTS)/$$(echo $$env | tr / -)-ppo.json || exit 1; done
+
+results: install  ## README's results, out of the reports in experiments/
+	$(BIN)/python experiments/results_table.py
 
 clean:  ## removes caches and the installation, never runs/
 	rm -rf $(VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
