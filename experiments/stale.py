@@ -21,8 +21,8 @@ from rlx.algorithms import ALGORITHMS
 from rlx.errors import UserError, require
 from rlx.study import Program, load, programs
 
-LOOP = ("rlx/rollout.py", "rlx/epoch.py", "rlx/training.py", "rlx/evaluation.py", "rlx/group.py")
-ALWAYS = (*LOOP, "envs/adapter.py", "envs/wrappers.py", "envs/physics")  # of every run
+LOOP = ("rollout", "epoch", "training", "learners", "evaluation", "group")
+ALWAYS = (*(f"rlx/{name}.py" for name in LOOP), "envs/adapter.py", "envs/wrappers.py", "envs/physics")  # of every run
 
 
 def stale(folder: Path, root: Path) -> list[str]:
