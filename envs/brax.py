@@ -36,6 +36,7 @@ import mujoco
 from brax.envs.base import PipelineEnv
 
 from envs import physics as engines
+from envs import viewer
 from envs.adapter import (
     Options,
     bind_fields,
@@ -107,9 +108,13 @@ class Brax:
         """q and qd float32, as long as MuJoCo's qpos and qvel and in their order."""
         return state.pipeline_state.q, state.pipeline_state.qd
 
-    def render(self, states: Sequence[brax.envs.State]) -> Any:
+    def render(self, states: Sequence[brax.envs.State], page: bool = False) -> Any:
         if isinstance(self.env, brax.envs.fast.Fast):
             raise UserError("brax/fast cannot be rendered: it has no model.")
+        if page:
+            poses = [(state.pipeline_state.x.pos, state.pipeline_state.x.rot) for state in states]
+            return viewer.page(self.env.sys, poses, self.env.dt)
+        viewer.check_drawing(self.mj_model)
         return self.env.render([state.pipeline_state for state in states])
 
 
@@ -161,8 +166,8 @@ class BraxMJX:
     def joint_state(self, state: BraxState) -> tuple[jax.Array, jax.Array]:
         return self._brax.joint_state(state.task)
 
-    def render(self, states: Sequence[BraxState]) -> Any:
-        return self._brax.render([state.task for state in states])
+    def render(self, states: Sequence[BraxState], page: bool = False) -> Any:
+        return self._brax.render([state.task for state in states], page)
 
 
 def choose(name: str, physics: str, backend: str | None) -> tuple[str | None, str]:

@@ -183,8 +183,8 @@ class MultiAgent:
         obs = self.obs(joint_state, timestep.obs)
         return state, timestep._replace(obs=obs, final_obs=obs)
 
-    def render(self, states: Sequence[Any]) -> Any:
-        return render(self.env, states)
+    def render(self, states: Sequence[Any], page: bool = False) -> Any:
+        return render(self.env, states, page)
 
 
 def full_obs(obs: PyTree) -> jax.Array:

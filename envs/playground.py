@@ -152,7 +152,13 @@ class Playground:
         """qpos [nq] and qvel [nv] float32."""
         return state.task.data.qpos, state.task.data.qvel
 
-    def render(self, states: Sequence[PlaygroundState]) -> Any:
+    def render(self, states: Sequence[PlaygroundState], page: bool = False) -> Any:
+        from envs import viewer  # and brax with it
+
+        if page:
+            poses = [(state.task.data.xpos[1:], state.task.data.xquat[1:]) for state in states]
+            return viewer.page(self.env.mj_model, poses, self.env.dt)
+        viewer.check_drawing(self.env.mj_model)
         return self.env.render([state.task for state in states])
 
 

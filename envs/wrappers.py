@@ -113,8 +113,8 @@ class FixedPoint:
         state, timestep = self._step(state, action, key)
         return cast(state, types.state), cast(timestep, types.timestep)
 
-    def render(self, states: Sequence[Any]) -> Any:
-        return render(self.env, states)
+    def render(self, states: Sequence[Any], page: bool = False) -> Any:
+        return render(self.env, states, page)
 
 
 class TimeLimitState(NamedTuple):
@@ -145,8 +145,8 @@ class TimeLimit:
         over = timestep.truncated | (steps >= self.episode_length)
         return TimeLimitState(env_state, steps), timestep._replace(truncated=over & ~timestep.terminated)
 
-    def render(self, states: Sequence[TimeLimitState]) -> Any:
-        return render(self.env, [state.env for state in states])
+    def render(self, states: Sequence[TimeLimitState], page: bool = False) -> Any:
+        return render(self.env, [state.env for state in states], page)
 
 
 def play(step: Callable[[Any, Any], tuple[Any, TimeStep]], state: Any, inputs: PyTree) -> tuple[Any, TimeStep]:
@@ -193,8 +193,8 @@ class ActionRepeat:
         keys = jax.random.split(key, self.num_repeats)
         return play(lambda state, key: self.env.step(state, action, key), state, keys)
 
-    def render(self, states: Sequence[Any]) -> Any:
-        return render(self.env, states)
+    def render(self, states: Sequence[Any], page: bool = False) -> Any:
+        return render(self.env, states, page)
 
 
 class ActionChunk:
@@ -226,8 +226,8 @@ class ActionChunk:
         inputs = action.reshape(self.size, -1), jax.random.split(key, self.size)
         return play(lambda state, inputs: self.env.step(state, *inputs), state, inputs)
 
-    def render(self, states: Sequence[Any]) -> Any:
-        return render(self.env, states)
+    def render(self, states: Sequence[Any], page: bool = False) -> Any:
+        return render(self.env, states, page)
 
 
 class ScaleAction:
@@ -253,8 +253,8 @@ class ScaleAction:
     def step(self, state: Any, action: jax.Array, key: jax.Array):
         return self.env.step(state, jnp.asarray(self.center) + jnp.asarray(self.half_width) * action, key)
 
-    def render(self, states: Sequence[Any]) -> Any:
-        return render(self.env, states)
+    def render(self, states: Sequence[Any], page: bool = False) -> Any:
+        return render(self.env, states, page)
 
 
 class DomainRandomization:
@@ -304,8 +304,8 @@ class DomainRandomization:
     def step(self, state: Any, action: jax.Array, key: jax.Array):
         return self.env.step(state, action, key)
 
-    def render(self, states: Sequence[Any]) -> Any:
-        return render(self.env, states)
+    def render(self, states: Sequence[Any], page: bool = False) -> Any:
+        return render(self.env, states, page)
 
 
 def is_count(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rlx.logging import versions
-from rlx.machine import menagerie_path, usable_cores
+from rlx.machine import DRAWING, OFFSCREEN, draws, menagerie_path, usable_cores
 
 
 def examine() -> Iterator[str]:
@@ -88,28 +87,16 @@ def check_disk() -> str:
 
 
 def check_rendering() -> str:
-    """Loads the library that MuJoCo would render with."""
+    """Draws as MuJoCo would without a screen."""
     chosen = os.environ.get("MUJOCO_GL", "")
-    backends = [chosen] if chosen else ["egl", "osmesa", "glfw"]
-    libraries = {"egl": "EGL", "osmesa": "OSMesa", "glfw": "GL"}
-    found = [name for name in backends if name in libraries and _loads(libraries[name])]
     setting = f"MUJOCO_GL={chosen}" if chosen else "MUJOCO_GL is not set"
     if chosen in ("off", "disable", "disabled", "0", "false"):
         return f"{setting}: no videos"
+    ways = [chosen] if chosen in OFFSCREEN else list(OFFSCREEN)
+    found = [way for way in ways if draws(way)]
     if not found:
-        return f"{setting}; no library for {', '.join(backends)}: training works, videos do not (install libegl1)"
-    return f"{setting}; loads: {', '.join(found)}" + ("" if chosen else f" (headless: set MUJOCO_GL={found[0]})")
-
-
-def _loads(library: str) -> bool:
-    path = ctypes.util.find_library(library)
-    if path is None:
-        return False
-    try:
-        ctypes.CDLL(path)
-    except OSError:
-        return False
-    return True
+        return f"{setting}; {' and '.join(ways)} cannot draw here: training works, videos may not. {DRAWING}"
+    return f"{setting}; draws without a screen: {', '.join(found)}"
 
 
 def check_warp() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -20,7 +21,8 @@ class Environment(Protocol):
     An environment never resets itself: in what `step` returns, `obs` equals `final_obs`, and the source
     (`rlx.rollout`) replaces `obs` at an ending. States, observations and time steps are fixed points in
     shape, dtype and weak type: `step` returns what `reset` returned. An environment that can be drawn also has
-    `render(states)`: frames [F, H, W, 3] uint8 of a list of states, made on the host.
+    `render(states)`: frames [F, H, W, 3] uint8 of a list of states, made on the host; one with a viewer too
+    takes `page=True`, and gives a page of HTML.
     """
 
     @property
@@ -35,15 +37,17 @@ class Environment(Protocol):
         ...
 
 
-def render(env: Environment, states: Sequence[EnvState]) -> Any:
+def render(env: Environment, states: Sequence[EnvState], page: bool = False) -> Any:
     """Frames [F, H, W, 3] uint8 of a list of states, made on the host by the environment's optional `render`.
 
-    Raises UserError where it has none.
+    `page`: the text of an HTML page that plays them. Raises UserError where the environment has no such thing.
     """
     draw = getattr(env, "render", None)
     if draw is None:
         raise UserError(f"{type(env).__name__} cannot be rendered: it has no `render`.")
-    return draw(states)
+    if page and "page" not in inspect.signature(draw).parameters:
+        raise UserError(f"{type(env).__name__} has no viewer in HTML; its videos are pictures.")
+    return draw(states, page=True) if page else draw(states)
 
 
 def random_action(spec: Spec, key: jax.Array) -> jax.Array:

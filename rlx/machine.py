@@ -58,3 +58,17 @@ def available_memory() -> int | None:
 
 def mib(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+OFFSCREEN = ("egl", "osmesa")  # MuJoCo's ways to draw without a screen
+DRAWING = (
+    "On a machine without a screen it takes Debian's libegl1 and libgl1-mesa-dri and MUJOCO_GL=egl, or libosmesa6 and "
+    "MUJOCO_GL=osmesa, set before MuJoCo is imported."
+)
+
+
+def draws(way: str) -> bool:
+    """Whether MuJoCo can draw in this way here, found out in a process of its own in a second or two."""
+    code = f"import mujoco.{way} as gl; gl.GLContext(8, 8).make_current()"
+    environment = os.environ | {"MUJOCO_GL": way}
+    return not subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode

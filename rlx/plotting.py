@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlx.errors import UserError, unknown
+from rlx.errors import UserError, require, unknown
 from rlx.logging import FAILED, RunDirectory, read_metrics
 
 SUFFIXES = (".png", ".svg", ".pdf")
 LABELS = {"eval/return": "mean return of an evaluation episode", "train/return": "mean return of a training episode"}
+AXES = {"steps": "environment steps", "minutes": "minutes of training"}
+MANY = 4  # lines whose legend still finds a place among them
+LINES = ("-", "--", ":", "-.")  # where there are more of them than colours
+PALETTE = "petroff10"  # colours that those who see few can tell apart (Petroff 2021, arXiv 2107.02270)
 
 
 class Curve(NamedTuple):
@@ -21,7 +25,7 @@ class Curve(NamedTuple):
 
     env: str
     algorithm: str  # and settings, where runs of it differ in them
-    steps: np.ndarray  # [n] environment steps, ascending
+    steps: np.ndarray  # [n] environment steps, or minutes, ascending
     values: np.ndarray  # [n] finite
 
 
@@ -29,8 +33,12 @@ def plot(
     runs: Sequence[RunDirectory | str | os.PathLike[str]],
     out: str | os.PathLike[str],
     metric: str = "eval/return",
+    x: str = "steps",
 ) -> Path:
     """Draws `metric` over environment steps: a panel an environment, a line (mean over its runs) an algorithm.
+
+    `x`: "steps", or "minutes" of training, without compiling and what a kill lost; of a run among many in one program
+    those of the program.
 
     Runs of an algorithm with other settings (`--algo.*`, `--env.*`) are a line of their own. The band is the 95 %
     bootstrap interval of the mean from three runs on, the range for two. Where some run has no evaluation, the returns
@@ -39,6 +47,7 @@ def plot(
 
     Raises UserError for no runs, a run without rows, a metric that no row has, a suffix other than png, svg, pdf.
     """
+    require(x in AXES, "x", x, f"one of {', '.join(AXES)}")
     target = Path(out)
     if target.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot draw to {str(out)!r}: the name must end in {', '.join(SUFFIXES)}.")
@@ -49,11 +58,12 @@ def plot(
     rows = [_rows(run) for run in whole]
     metric = _available(metric, whole, rows)
     curves = [
-        _curve(run, of_run, metric, label) for run, of_run, label in zip(whole, rows, _labels(whole), strict=True)
+        _curve(run, of_run, metric, x, label) for run, of_run, label in zip(whole, rows, _labels(whole), strict=True)
     ]
     lost = len(opened) - len(whole)
     label = LABELS.get(metric, metric)
-    _draw(curves, f"{label} ({lost} stopped {'run' if lost == 1 else 'runs'} left out)" if lost else label, target)
+    label += f" ({lost} stopped {'run' if lost == 1 else 'runs'} left out)" if lost else ""
+    _draw(curves, AXES[x], label, target)
     return target
 
 
@@ -92,12 +102,20 @@ def _labels(runs: list[RunDirectory]) -> list[str]:
     for key in keys:
         own, others = next(taken[key]), kinds[key]
         differing = [name for name in own if any(other.get(name) != own[name] for other in others)]
-        labels.append(" ".join([key[0], *(f"{name}={own[name]}" for name in differing)]))
+        labels.append(" ".join([key[0], *(f"{name}={_short(own[name])}" for name in differing)]))
     return labels
 
 
-def _curve(run: RunDirectory, rows: list[dict[str, float]], metric: str, label: str) -> Curve:
-    points = {row["step"]: row[metric] for row in rows if np.isfinite(row.get(metric, np.nan))}
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _curve(run: RunDirectory, rows: list[dict[str, float]], metric: str, x: str, label: str) -> Curve:
+    from rlx.results import clock_of
+
+    at = [row["step"] for row in rows] if x == "steps" else clock_of(rows)
+    found = zip(at, (row.get(metric, np.nan) for row in rows), strict=True)
+    points = {place: value for place, value in found if np.isfinite(value)}
     steps = np.array(sorted(points), np.float64)
     env = str(run.config.get("env", "environment"))
     return Curve(env, label, steps, np.array([points[step] for step in steps]))
@@ -123,9 +141,11 @@ def band(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     return steps, mean, low, high
 
 
-def _draw(curves: Sequence[Curve], label: str, target: Path) -> None:
+def _draw(curves: Sequence[Curve], axis: str, label: str, target: Path) -> None:
+    from matplotlib import color_sequences
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     envs = sorted({curve.env for curve in curves})
     num_columns = min(len(envs), 3)
@@ -135,23 +155,35 @@ def _draw(curves: Sequence[Curve], label: str, target: Path) -> None:
     panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for panel in panels[len(envs) :]:
         panel.remove()
+    looks = [{"linestyle": line, "color": color} for line in LINES for color in color_sequences[PALETTE]]
+    names = sorted({curve.algorithm for curve in curves})
+    styles = {name: looks[i % len(looks)] for i, name in enumerate(names)}
     for env, panel in zip(envs, panels, strict=False):
-        _draw_panel(panel, env, [curve for curve in curves if curve.env == env], label)
+        _draw_panel(panel, env, [curve for curve in curves if curve.env == env], styles)
+        panel.set_xlabel(axis)
+        panel.set_ylabel(label)
+        if axis == AXES["steps"]:
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k, 1M
+    if len(names) > MANY:  # beside the panels, once
+        lines = {line.get_label(): line for panel in panels[: len(envs)] for line in panel.get_lines()}
+        figure.legend(handles=list(lines.values()), loc="outside right upper", fontsize="small")
+        figure.set_figwidth(figure.get_figwidth() + 3.5)
+    else:
+        for panel in panels[: len(envs)]:
+            panel.legend(fontsize="small")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
 
 
-def _draw_panel(panel: Any, env: str, curves: Sequence[Curve], label: str) -> None:
+def _draw_panel(panel: Any, env: str, curves: Sequence[Curve], styles: Mapping[str, Mapping[str, Any]]) -> None:
     for algorithm in sorted({curve.algorithm for curve in curves}):
         group = [curve for curve in curves if curve.algorithm == algorithm]
         steps, mean, low, high = band(group)
         about = {1: "1 run", 2: "mean and range of 2 runs"}
         name = f"{algorithm} ({about.get(len(group), f'mean of {len(group)} runs, 95 % interval')})"
-        (line,) = panel.plot(steps, mean, label=name, marker="." if steps.size < 30 else None)
+        style = styles[algorithm]
+        panel.plot(steps, mean, label=name, marker="." if steps.size < 30 else None, **style)
         if len(group) > 1:
-            panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+            panel.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
     panel.set_title(env)
-    panel.set_xlabel("environment steps")
-    panel.set_ylabel(label)
     panel.grid(alpha=0.3)
-    panel.legend()

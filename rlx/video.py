@@ -1,8 +1,15 @@
-"""Videos of episodes: played on the device a decision at a time, drawn by the environment on the host."""
+"""Videos of episodes: played on the device a decision at a time, drawn by the environment on the host.
+
+In a notebook: `IPython.display.Video("a.mp4", embed=True)`.
+"""
 
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +18,55 @@ import numpy as np
 
 from rlx.algorithm import Key, Policy
 from rlx.environment import Environment, render
-from rlx.errors import require
+from rlx.errors import UserError, require
 from rlx.evaluation import Player
 from rlx.logging import write_atomically
+from rlx.machine import DRAWING, OFFSCREEN, draws
 
-FASTEST = {".gif": 50, ".png": 1000, ".webp": 1000}  # frames a second: a gif counts in hundredths, and players skip 1
-FORMATS = tuple(FASTEST)  # all without loss but for the 256 colours of a gif's frame
+# Frames a second: a gif counts in hundredths, and players skip 1. A page has the pace of the simulation.
+FASTEST = {".mp4": 240, ".gif": 50, ".png": 1000, ".webp": 1000, ".html": 1000}
+FORMATS = tuple(FASTEST)  # an .mp4 loses a little, a .gif all but 256 colours a frame
 
 
 def check_video(path: str | Path, fps: float) -> None:
     """Raises UserError for a file that no video can be written to, and a pace that it cannot have."""
-    allowed = f"it ends in {', '.join(FORMATS)} (animated pictures; other formats need programs of their own)"
-    require(Path(path).suffix in FORMATS, "--video", str(path), allowed)
+    require(Path(path).suffix in FORMATS, "--video", str(path), f"it ends in {', '.join(FORMATS)}")
     require(Path(path).absolute().parent.is_dir(), "--video", str(path), "the folder does not exist")
     fastest = FASTEST[Path(path).suffix]
     require(0 < fps <= fastest, "--fps", fps, f"above 0, and at most {fastest} in a {Path(path).suffix}")
+
+
+def choose_gl() -> None:
+    """What MuJoCo draws with, before it is imported: without a screen and with no MUJOCO_GL, what works here.
+
+    Raises UserError where MUJOCO_GL names a way that does not.
+    """
+    chosen = os.environ.get("MUJOCO_GL", "")
+    if chosen in OFFSCREEN and not draws(chosen):
+        raise UserError(f"MUJOCO_GL = {chosen!r} is not possible: MuJoCo cannot draw with it here. {DRAWING}")
+    if sys.platform == "linux" and not chosen and not os.environ.get("DISPLAY"):
+        way = next(filter(draws, OFFSCREEN), "")
+        os.environ |= {"MUJOCO_GL": way} if way else {}
 
 
 def film(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int) -> np.ndarray:
     """Frames [F, H, W, 3] uint8 of the first episodes of an evaluation, one behind the other: each from its reset to
     its ending. Raises UserError where the environment cannot be drawn.
     """
+    episodes = play(env, player, policy, key, num_episodes)
+    return np.concatenate([np.asarray(render(env, states), np.uint8) for states in episodes])
+
+
+def page(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int) -> str:
+    """The same episodes as a page of HTML that plays them. Raises UserError where the environment has no viewer."""
+    episodes = play(env, player, policy, key, num_episodes, page=True)
+    return str(render(env, [state for states in episodes for state in states], page=True))
+
+
+def play(
+    env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int, page: bool = False
+) -> list[list[Any]]:
+    """The states of each episode, on the host. What cannot be drawn is not played."""
     advance = jax.jit(player.advance)
     now = jax.jit(player.begin)(policy, key)
     states: list[list[Any]] = [[] for _ in range(num_episodes)]
@@ -41,23 +76,43 @@ def film(env: Environment, player: Player, policy: Policy, key: Key, num_episode
         for index in np.flatnonzero(films):
             states[index].append(jax.tree.map(lambda x: x[index], shown))  # noqa: B023
         if len(states[0]) == 1:
-            render(env, states[0])  # what cannot be drawn is not played
+            render(env, states[0], page)
         films = ~np.asarray(now.ended[:num_episodes])
         if not films.any() or not player.running(now):
-            return np.concatenate([np.asarray(render(env, of_one), np.uint8) for of_one in states])
+            return states
         now = advance(policy, now)
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Writes frames [F, H, W, 3] uint8 as an animated picture that begins anew at its end."""
+    """Writes frames [F, H, W, 3] uint8: an .mp4 (H.264), or an animated picture that begins anew at its end."""
+    suffix = Path(path).suffix
+    data = _mp4(frames, fps) if suffix == ".mp4" else _picture(frames, fps, suffix)
+    write_atomically(Path(path).absolute(), data)
+
+
+def _mp4(frames: np.ndarray, fps: float) -> bytes:
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")  # for x264
+    _, height, width, _ = even.shape
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "a.mp4"
+        source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
+        coded = "-c:v libx264 -crf 18 -pix_fmt yuv420p -movflags +faststart".split()  # as browsers play it
+        command = [get_ffmpeg_exe(), "-loglevel", "error", *source, *coded, str(target)]
+        subprocess.run(command, input=even.tobytes(), check=True)
+        return target.read_bytes()
+
+
+def _picture(frames: np.ndarray, fps: float, suffix: str) -> bytes:
     from PIL import Image
 
     first, *others = (Image.fromarray(frame) for frame in frames)
     buffer = io.BytesIO()
-    options: dict[str, Any] = {"lossless": True} if Path(path).suffix == ".webp" else {}
+    options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     # Each frame ends at the nearest tick that the format has: what a duration is rounded by does not add up.
-    tick = 10 if Path(path).suffix == ".gif" else 1
+    tick = 10 if suffix == ".gif" else 1
     durations = tick * np.diff(np.rint(np.arange(len(frames) + 1) * 1000 / fps / tick).astype(int))
     options |= {"save_all": True, "append_images": others, "duration": durations.tolist(), "loop": 0}
-    first.save(buffer, format=Path(path).suffix[1:], **options)
-    write_atomically(Path(path).absolute(), buffer.getvalue())
+    first.save(buffer, format=suffix[1:], **options)
+    return buffer.getvalue()

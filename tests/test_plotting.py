@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import matplotlib
 import numpy as np
 import pytest
 
 from rlx.errors import UserError
 from rlx.logging import JsonlWriter, RunDirectory
-from rlx.plotting import Curve, band, plot
+from rlx.plotting import Curve, _curve, _rows, band, plot
 
 
 def make_run(path, rows, algorithm="ppo", env="probe/one", **entries):
@@ -111,3 +112,22 @@ def test_what_cannot_be_plotted_is_named(tmp_path):
     with pytest.raises(UserError, match="has no metrics yet"):
         plot([make_run(tmp_path / "empty", [])], tmp_path / "curve.png")
     assert not (tmp_path / "curve.png").exists()
+
+
+def test_the_axis_is_the_time_of_training_where_that_is_asked_for(tmp_path):
+    rows = [(step, {"eval/return": 1.0, "time/elapsed": 30.0 * step}) for step in range(3)]
+    rows += [(3, {"eval/return": 2.0, "time/elapsed": 60.0, "time/compiling": 1.0})]  # resumed: its clock begins anew
+    run = make_run(tmp_path / "0", rows)
+    np.testing.assert_allclose(_curve(run, _rows(run), "eval/return", "minutes", "ppo").steps, [0, 0.5, 1, 2])
+    plot([run], tmp_path / "curve.png", x="minutes")
+    with pytest.raises(UserError, match="x = 'hours' .* steps, minutes"):
+        plot([run], tmp_path / "curve.png", x="hours")
+
+
+def test_many_lines_have_their_legend_beside_them_and_short_numbers(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{i}", [(1000, {"eval/return": 1.0})], algo={"learning_rate": i * 1e-4}) for i in range(12)
+    ]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # words stay words
+        text = plot(runs, tmp_path / "curve.svg").read_text()
+    assert "ppo learning_rate=0.0003 (1 run)" in text and text.count("1 run") == 12 and "0.00030000" not in text

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import imageio_ffmpeg
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
 import pytest
 from PIL import Image
 
+from envs import viewer
+from rlx import video
 from rlx.algorithm import Plan
+from rlx.environment import render
 from rlx.evaluation import make_evaluate, make_player
+from rlx.machine import OFFSCREEN, draws
 from rlx.types import UserError
-from rlx.video import check_video, film, write_video
+from rlx.video import check_video, choose_gl, film, write_video
 from tests.worlds import Counter, constant_algorithm
 
 COLOURS = np.array([[0, 0, 0], [200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)
@@ -67,8 +77,8 @@ def test_a_file_holds_the_frames_in_their_colours_and_their_pace(tmp_path, suffi
 
 
 def test_other_formats_and_folders_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(UserError, match="a.mp4.*ends in .gif, .png, .webp"):
-        check_video("a.mp4", 20.0)
+    with pytest.raises(UserError, match="a.avi.*ends in .mp4, .gif, .png, .webp, .html"):
+        check_video("a.avi", 20.0)
     with pytest.raises(UserError, match="the folder does not exist"):
         check_video(tmp_path / "nowhere" / "a.gif", 20.0)
 
@@ -109,3 +119,65 @@ def test_keys_in_a_state_are_no_obstacle():
     player = make_player(Keyed(2), algorithm, 2, "greedy", 0, None)
     assert film(Keyed(2), player, algorithm.init(KEY), KEY, 1).shape[1:] == (4, 4, 3)
     assert jnp.issubdtype(player.begin(algorithm.init(KEY), KEY).env[1].dtype, jax.dtypes.prng_key)
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")  # of the library that reads it
+def test_an_mp4_holds_every_frame_at_its_pace_in_even_sizes(tmp_path):
+    frames = np.repeat(np.repeat(COLOURS, 40, axis=0).reshape(4, 1, 40, 3), 35, axis=1)
+    frames[:, :, 20:] = 255 - frames[:, :, 20:]
+    write_video(tmp_path / "a.mp4", frames, fps=25.0)
+    (about, *read) = imageio_ffmpeg.read_frames(tmp_path / "a.mp4")
+    assert about["size"] == (40, 36) and about["fps"] == 25.0 and about["codec"] == "h264" and len(read) == 4
+    assert "yuv420p" in about["pix_fmt"]
+    for found, frame in zip(read, frames, strict=True):
+        found = np.frombuffer(found, np.uint8).reshape(36, 40, 3)[:35].astype(int)
+        assert np.abs(found[:, 2:17] - frame[:, 2:17]).mean() < 12  # colours of four pixels together, and rounded
+
+
+def test_what_has_no_viewer_says_so():
+    with pytest.raises(UserError, match="Drawn has no viewer in HTML"):
+        render(Drawn(3), [], page=True)
+
+
+def test_mujoco_that_cannot_draw_says_what_to_install(monkeypatch):
+    def no_context(*arguments):
+        raise mujoco.FatalError("gladLoadGL error")
+
+    monkeypatch.setattr(mujoco, "Renderer", no_context)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    with pytest.raises(UserError, match="MUJOCO_GL is not set; FatalError: gladLoadGL error.*libegl1.*libosmesa6"):
+        viewer.check_drawing(None)
+
+
+def test_without_a_screen_a_way_to_draw_is_found_and_one_that_does_not_work_is_refused(monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setattr(video.sys, "platform", "linux")
+    monkeypatch.setattr(video, "draws", lambda way: way == "osmesa")
+    monkeypatch.setenv("MUJOCO_GL", "")
+    choose_gl()
+    assert os.environ["MUJOCO_GL"] == "osmesa"
+    choose_gl()
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with pytest.raises(UserError, match="MUJOCO_GL = 'egl' .* libegl1"):
+        choose_gl()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:os.fork")
+@pytest.mark.parametrize("name", ["playground/CheetahRun", "brax/ant", "particle/simple_spread"])
+def test_a_film_of_bodies_and_particles_shows_something_that_moves(name, tmp_path):
+    if "particle" not in name and not any(map(draws, OFFSCREEN)):
+        pytest.skip("neither EGL nor OSMesa draws here")
+    sizes = "--total-steps 512 --num-envs 8 --unroll-length 16 --num-evals 0 --quiet --run-dir run"
+    learner = "mappo" if "particle" in name else "ppo"
+    for command in (f"train {learner} {name} {sizes}", "evaluate run --episodes 2 --decisions 20 --video a.mp4"):
+        subprocess.run([sys.executable, "-m", "rlx.cli", *command.split()], check=True, cwd=tmp_path)
+    _, *frames = imageio_ffmpeg.read_frames(tmp_path / "a.mp4")
+    frames = np.stack([np.frombuffer(frame, np.uint8) for frame in frames]).astype(int)
+    assert len(frames) == 21 and frames[0].std() > 5 and np.abs(frames[-1] - frames[0]).max() > 50
+    html = ["evaluate", "run", "--episodes", "1", "--decisions", "3", "--video", "a.html"]
+    done = subprocess.run([sys.executable, "-m", "rlx.cli", *html], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    if "particle" in name:
+        assert done.returncode == 2 and "has no viewer in HTML" in done.stderr
+    else:
+        assert done.returncode == 0 and "brax-viewer" in (tmp_path / "a.html").read_text()

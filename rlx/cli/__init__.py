@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rlx import __version__
 from rlx.cli.collection import collect
-from rlx.cli.inspection import benchmark, doctor, evaluate, list_names, plot
+from rlx.cli.evaluation import evaluate
+from rlx.cli.inspection import benchmark, doctor, list_names, plot
 from rlx.cli.processes import joined, take_flags
 from rlx.cli.runs import resume, train
 from rlx.cli.studies import reproduce

@@ -1,0 +1,39 @@
+"""Drawing bodies: whether MuJoCo can here, and brax's viewer in a browser."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import mujoco
+import numpy as np
+from brax.base import System, Transform
+from brax.io import html, mjcf
+
+from rlx.errors import UserError
+from rlx.machine import DRAWING
+
+
+def check_drawing(model: mujoco.MjModel) -> None:
+    """Raises UserError, with what to install, where MuJoCo finds nothing to draw with."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GLFW's, on a machine without a screen
+            mujoco.Renderer(model, 8, 8).close()
+    except Exception as error:  # of any kind: each way of drawing has its own
+        chosen = os.environ.get("MUJOCO_GL") or "not set"
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"MuJoCo cannot draw here (MUJOCO_GL is {chosen}; {why}). {DRAWING}") from error
+
+
+def page(model: System | mujoco.MjModel, poses: Sequence[tuple[Any, Any]], seconds: float) -> str:
+    """A page that plays `poses`, `seconds` apart: positions [bodies, 3], quaternions [bodies, 4], the world left out.
+
+    It loads brax's viewer and three.js from the network when it is looked at.
+    """
+    sys = model if isinstance(model, System) else mjcf.load_model(model)
+    states = [SimpleNamespace(x=Transform(*map(np.asarray, pose))) for pose in poses]
+    return html.render(sys.tree_replace({"opt.timestep": seconds}), states, height="100vh", colab=False)
