@@ -156,7 +156,7 @@ class Playground:
         from envs import viewer  # and brax with it
 
         if page:
-            poses = [(state.task.data.xpos[1:], state.task.data.xquat[1:]) for state in states]
+            poses = viewer.poses(self.env.mj_model, [state.task.data for state in states])
             return viewer.page(self.env.mj_model, poses, self.env.dt)
         viewer.check_drawing(self.env.mj_model)
         return self.env.render([state.task for state in states])

@@ -29,11 +29,23 @@ def check_drawing(model: mujoco.MjModel) -> None:
         raise UserError(f"MuJoCo cannot draw here (MUJOCO_GL is {chosen}; {why}). {DRAWING}") from error
 
 
+def poses(model: mujoco.MjModel, data: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """As `page` takes them, of MJX's data: engines leave out what no task asks them for."""
+    found, own = [], mujoco.MjData(model)
+    for one in data:
+        own.qpos, own.mocap_pos, own.mocap_quat = one.qpos, one.mocap_pos, one.mocap_quat
+        mujoco.mj_kinematics(model, own)
+        found.append((own.xpos[1:].copy(), own.xquat[1:].copy()))
+    return found
+
+
 def page(model: System | mujoco.MjModel, poses: Sequence[tuple[Any, Any]], seconds: float) -> str:
     """A page that plays `poses`, `seconds` apart: positions [bodies, 3], quaternions [bodies, 4], the world left out.
 
     It loads brax's viewer and three.js from the network when it is looked at.
     """
-    sys = model if isinstance(model, System) else mjcf.load_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that brax's physics is not kept up; it is not used here
+        sys = model if isinstance(model, System) else mjcf.load_model(model)
     states = [SimpleNamespace(x=Transform(*map(np.asarray, pose))) for pose in poses]
     return html.render(sys.tree_replace({"opt.timestep": seconds}), states, height="100vh", colab=False)

@@ -126,8 +126,8 @@ def test_a_folder_called_envs_in_the_working_directory_hides_nothing(tmp_path):
         (["resume", "nowhere"], "does not exist"),
         (["evaluate", "nowhere", "--episodes", "0"], "--episodes = 0 is not possible"),
         (
-            ["evaluate", "nowhere", "--video", "a.mp4"],
-            "--video = 'a.mp4' is not possible: it ends in .gif, .png, .webp",
+            ["evaluate", "nowhere", "--video", "a.avi"],
+            "--video = 'a.avi' is not possible: it ends in .mp4, .gif, .png, .webp, .html",
         ),
         (["evaluate", "nowhere", "--video", "no/a.gif"], "no/a.gif' is not possible: the folder does not exist"),
         (["evaluate", "nowhere", "--video", "a.gif", "--video-episodes", "129"], "from 1 to the 128 episodes"),
