@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlx.environment import Environment
     from rlx.epoch import TrainState
     from rlx.evaluation import make_evaluate
+    from rlx.export import export_policy
     from rlx.gymnasium import evaluate_gymnasium
     from rlx.schedule import TrainConfig
     from rlx.training import Run, train, train_many
@@ -37,6 +38,7 @@ _HOMES = {
     "TrainState": "rlx.epoch",
     "Transition": "rlx.types",
     "evaluate_gymnasium": "rlx.gymnasium",
+    "export_policy": "rlx.export",
     "make_evaluate": "rlx.evaluation",
     "train": "rlx.training",
     "train_many": "rlx.training",
@@ -57,6 +59,7 @@ __all__ = [
     "Transition",
     "UserError",
     "evaluate_gymnasium",
+    "export_policy",
     "make_evaluate",
     "train",
     "train_many",

@@ -33,7 +33,7 @@ DRIVER |= {
     "sweep",
 }
 MEASURED = {"experiments.benchmarks.against_peers", "experiments.benchmarks.sac_updates"}  # beside brax's trainers
-DRIVER |= {"data_checks", "data_file", "collection", "rolling", "distributed", "gymnasium", "learners"}
+DRIVER |= {"data_checks", "data_file", "collection", "rolling", "distributed", "export", "gymnasium", "learners"}
 DRIVER |= {"study", "results", "findings", "documents", "pictures", "report"}
 
 

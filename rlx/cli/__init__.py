@@ -17,6 +17,7 @@ from pathlib import Path
 from rlx import __version__
 from rlx.cli.collection import collect
 from rlx.cli.evaluation import evaluate
+from rlx.cli.export import export
 from rlx.cli.inspection import benchmark, doctor, list_names, plot
 from rlx.cli.processes import joined, take_flags
 from rlx.cli.runs import resume, train
@@ -35,6 +36,7 @@ usage: rlx COMMAND ...
   evaluate RUN_DIR [...]       play whole episodes with a run's policy
   collect RUN_DIR... [...]     roll policies out into a data set, for `rlx train bc ENV --data FILE`
   plot RUN_DIR... --out FILE   draw learning curves
+  export RUN_DIR --out FOLDER  write the policy as a function that jax alone can call
   list envs|algorithms         what there is
   benchmark ENV [ALGORITHM]    steps/s, compile time and memory on every physics engine
   doctor                       what this machine has, and what each missing piece costs
@@ -93,7 +95,7 @@ def dispatch(arguments: list[str], debug: bool) -> int:
     """Runs the command that `arguments` begin with."""
     commands = {"train": train, "sweep": sweep, "resume": resume, "evaluate": evaluate, "plot": plot}
     commands |= {"list": list_names, "doctor": doctor, "benchmark": benchmark, "reproduce": reproduce}
-    commands["collect"] = collect
+    commands |= {"collect": collect, "export": export}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0

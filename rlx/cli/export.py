@@ -1,0 +1,42 @@
+"""`rlx export RUN_DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rlx import storage
+from rlx.cli.pairs import load_run
+from rlx.logging import Progress, RunDirectory
+
+
+def export(arguments: list[str]) -> int:
+    """`rlx export RUN_DIR --out FOLDER`: writes a policy that others can load without rlx."""
+    text = "Write the policy of a run as a function that jax alone can call (StableHLO), and what its numbers mean."
+    parser = argparse.ArgumentParser("rlx export", description=text, allow_abbrev=False)
+    parser.add_argument("run_dir")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="for policy.stablehlo and policy.json")
+    parser.add_argument("--best", action="store_true", help="the policy of the best evaluation, not the newest")
+    parser.add_argument("--mode", choices=("greedy", "sample"), help="greedy is deterministic (the run's own)")
+    platforms = ("cpu", "cuda", "tpu")
+    parser.add_argument("--platforms", nargs="+", default=platforms, help="cpu, cuda, rocm, tpu (all but rocm)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a policy that FOLDER holds")
+    options = parser.parse_args(arguments)
+    with Progress() as shown:
+        with shown.phase("building"):
+            run = load_run(storage.fetch(options.run_dir))
+            from rlx.export import check_target, export_policy
+            from rlx.learners import load_policy
+
+            check_target(Path(options.out), options.platforms, options.overwrite)
+            mode = options.mode or run.train_config.eval_mode
+            built = (run.env, run.module, run.train_config, run.config)
+            algorithm, policy, step = load_policy(run.directory.path, *built, options.best, mode)
+        config = RunDirectory.open(run.directory.path).config
+        record = {"algorithm": config["algorithm"], "env": config["env"], "step": step, "best": options.best}
+        with shown.phase("exporting"):
+            export_policy(
+                options.out, run.env.spec, algorithm, policy, mode, options.platforms, record, options.overwrite
+            )
+    print(options.out)
+    return 0
