@@ -7,7 +7,7 @@ WORKERS ?= 2
 BENCH ?= brax/hopper playground/CheetahRun playground/HopperHop playground/HumanoidRun
 RESULTS := experiments/benchmarks/results
 
-.PHONY: help install train test test-slow lint format bench results clean
+.PHONY: help install train test test-slow lint format bench results docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ bench: install  ## steps/s, compile time and memory on every physics engine, int
 
 results: install  ## README's results, out of the reports in experiments/
 	$(BIN)/python experiments/results_table.py
+
+docs: install  ## the site, into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## removes caches and the installation, never runs/
 	rm -rf $(VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
