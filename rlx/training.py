@@ -205,10 +205,9 @@ def train_many(
 
     A run differs from itself alone by the rounding of batched arithmetic, which learning amplifies: 1e-5 after a few
     iterations, another draw of the same distribution in the end. One that meets a NaN or an infinity is recorded no
-    further (`failed.json`, `Run.error`); the others go on.
+    further (`failed.json`, `Run.error`); the others go on. What is not listed is as for `train`.
 
     Args:
-        env, algorithm, overwrite, resume, init_policy, data, progress: as for `train`.
         runs: name -> its settings. They may differ in `seed` and in fields of the algorithm's Config that are floats.
         run_dir: holds a run directory for each name.
         records: name -> more entries for its config.json.

@@ -28,9 +28,11 @@ def blocks(document: str) -> list[str]:
 
 
 def commands(document: str) -> list[str]:
-    """The commands in a document's fences, without those that a comment says are not run."""
-    fences = [code for mark, language, code in FENCE.findall((ROOT / document).read_text()) if not (mark or language)]
-    return [line.strip() for code in fences for line in code.splitlines() if re.match(r"(rlx|python|make|pip) ", line)]
+    """The commands in a document's fences, but for those that a comment says are not run; of inline ones, scripts."""
+    text = (ROOT / document).read_text()
+    fences = [code for mark, language, code in FENCE.findall(text) if not (mark or language)]
+    lines = [line for code in fences for line in code.splitlines() if re.match(r"(rlx|python|make|pip) ", line)]
+    return [line.partition(" #")[0].strip() for line in lines] + re.findall(r"`(python experiments/[^`]+)`", text)
 
 
 COMMANDS = sorted({line for document in DOCUMENTS for line in commands(document)})
@@ -83,7 +85,7 @@ def check_rlx(words: list[str], build: bool, monkeypatch) -> None:
         monkeypatch.setattr("rlx.cli.sweeps.go_on", lambda folder, shown: 0)
         monkeypatch.setattr("rlx.cli.sweeps.spread_over_cpu", lambda *runs: None)
         assert cli.main(words) == 0
-    elif command == "list" or "--help" in rest:
+    elif "--help" in rest:
         assert cli.main(words) == 0
     else:
         with pytest.raises(Parsed) as parsed:
@@ -108,7 +110,7 @@ def check(line: str, build: bool, monkeypatch) -> None:
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", COMMANDS, ids=str)
 def test_the_commands_of_the_documents_are_taken(line, tmp_path, monkeypatch, only_parse):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
@@ -116,7 +118,7 @@ def test_the_commands_of_the_documents_are_taken(line, tmp_path, monkeypatch, on
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line in COMMANDS if any(suite in line for suite in HEAVY)])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if any(suite in line for suite in HEAVY)], ids=str)
 def test_the_environments_of_the_documents_take_their_settings(line, tmp_path, monkeypatch, only_parse):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
@@ -184,8 +186,10 @@ def test_every_algorithm_has_a_page_with_its_paper_and_settings():
 
 def test_links_of_the_documents_lead_somewhere():
     hook = runpy.run_path(str(ROOT / "docs/hook.py"))
-    for document in [*DOCUMENTS, "CONTRIBUTING.md", *hook["published"]()]:
+    for document in [*DOCUMENTS, "CONTRIBUTING.md", *(path for path in hook["published"]() if path.endswith(".md"))]:
         hook["relink"]((ROOT / document).read_text(), document, set())
+    with pytest.raises(ValueError, match="no_such.md does not exist"):
+        hook["relink"]("[a](no_such.md)", "docs/faq.md", set())
 
 
 @pytest.mark.slow
