@@ -46,6 +46,7 @@ def settings(path: str, dataclass: str) -> str:
             if found is None:
                 raise ValueError(f"{path}: a field of {dataclass} has no comment: {ast.unparse(field)}")
             name, kind, default, comment = (part.replace("|", "\\|") for part in found.groups())
+            kind = re.sub(r"(Annotated|tyro[\w.]*)\[(\w+).*", r"\2", kind)
             rows.append(f"| `{name}` | `{kind}` | `{default}` | {html.escape(comment, quote=False)} |")
     return "\n".join(rows)
 

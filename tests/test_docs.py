@@ -192,7 +192,6 @@ def test_links_of_the_documents_lead_somewhere():
         hook["relink"]("[a](no_such.md)", "docs/faq.md", set())
 
 
-@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
