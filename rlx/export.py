@@ -48,7 +48,8 @@ def export_policy(
 
     Args:
         spec: of the environment that the policy acts in.
-        algorithm, policy: what acts, such as `rlx.ppo.make(config, spec, rlx.Plan(1, 1, 1))` and the policy of a Run.
+        algorithm: what acts, such as `rlx.ppo.make(config, spec, rlx.Plan(1, 1, 1))`.
+        policy: its policy, such as that of a Run.
         mode: "greedy" or "sample".
         platforms: for which it is lowered: cpu, cuda, rocm, tpu.
         record: more entries for policy.json.

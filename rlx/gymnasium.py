@@ -44,7 +44,8 @@ def evaluate_gymnasium(
         spec: that of the environment which the policy was trained on. The task must have its observations and
             actions in shape; continuous actions are mapped affinely from [-1, 1] to the task's bounds, and chunks
             and repeats of actions are played as in training.
-        algorithm, policy: what acts, such as `rlx.ppo.make(config, spec, rlx.Plan(1, 1, 1))` and the policy of a Run.
+        algorithm: what acts, such as `rlx.ppo.make(config, spec, rlx.Plan(1, 1, 1))`.
+        policy: its policy, such as that of a Run.
         mode: "greedy" or "sample".
         seed: decides the starts and the noise. The same one gives the same episodes.
         max_decisions: where an episode is cut; 0 takes the task's own limit (`max_episode_steps`).
