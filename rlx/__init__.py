@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rlx.evaluation import make_evaluate
     from rlx.export import export_policy
     from rlx.gymnasium import evaluate_gymnasium
+    from rlx.learners import tuned
+    from rlx.plotting import plot
     from rlx.schedule import TrainConfig
     from rlx.training import Run, train, train_many
     from rlx.types import Box, Discrete, Spec, TimeStep, Transition
@@ -40,8 +42,10 @@ _HOMES = {
     "evaluate_gymnasium": "rlx.gymnasium",
     "export_policy": "rlx.export",
     "make_evaluate": "rlx.evaluation",
+    "plot": "rlx.plotting",
     "train": "rlx.training",
     "train_many": "rlx.training",
+    "tuned": "rlx.learners",
 }
 
 __all__ = [
@@ -61,8 +65,10 @@ __all__ = [
     "evaluate_gymnasium",
     "export_policy",
     "make_evaluate",
+    "plot",
     "train",
     "train_many",
+    "tuned",
 ]
 
 

@@ -23,6 +23,18 @@ from rlx.sharding import without_past
 from rlx.types import Discrete, PyTree, Spec
 
 
+def tuned(env: str, algorithm: Any) -> tuple[TrainConfig, Any]:
+    """The settings that ship for a module of `rlx.algorithms` on the environment of this name (`rlx/presets/`).
+
+    As `rlx train` merges them, but for overrides of the environment; the defaults where none ship. Change them with
+    `dataclasses.replace`.
+    """
+    layers = [("preset", settings.preset(env, algorithm.__name__.rpartition(".")[2]))]
+    merged = settings.merge(TrainConfig, algorithm.Config, layers)
+    own = settings.build(algorithm.Config, settings.values(merged, "algo."))
+    return settings.build(TrainConfig, settings.values(merged)), own
+
+
 def build_algorithm(module: Any, config: Any, env: Environment, plan: Plan) -> Algorithm:
     """Checks the settings of an algorithm and makes it. Raises UserError for those that cannot work."""
     settings.check_types(config, "algo.")

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import envs
-from rlx import normalize, settings
+from rlx import normalize
 from rlx.algorithms import ALGORITHMS, ppo
 from rlx.collection import Part, collect
 from rlx.data import read
+from rlx.learners import tuned
 from rlx.logging import Progress
 from rlx.networks import MLP
 from rlx.off_policy import make_critics
@@ -188,11 +189,7 @@ def test_memory_solves_what_a_feedforward_policy_cannot():
 def test_fpo_keeps_two_modes_of_which_a_gaussian_takes_one(name):
     """With the presets, five seeds in one program: `rlx train fpo probe/two_modes --num-seeds 5`."""
     module, env = importlib.import_module(ALGORITHMS[name]), envs.make("probe/two_modes")
-    merged = settings.merge(TrainConfig, module.Config, [("preset", settings.preset("probe/two_modes", name))])
-    train_config, config = (
-        settings.build(cls, settings.values(merged, prefix))
-        for cls, prefix in [(TrainConfig, ""), (module.Config, "algo.")]
-    )
+    train_config, config = tuned("probe/two_modes", module)
     wanted = {str(seed): (dataclasses.replace(train_config, seed=seed), config) for seed in range(5)}
     algorithm = module.make(config, env.spec, make_schedule(env, train_config).plan)
     for run in train_many(env, module, wanted, progress=Progress(quiet=True)).values():

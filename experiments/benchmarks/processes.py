@@ -39,25 +39,23 @@ def work(options: argparse.Namespace) -> None:
     import jax
 
     import envs
-    from rlx import distributed, settings
+    from rlx import distributed
     from rlx.algorithms import ppo
     from rlx.compilation import compile_run
     from rlx.footprint import collectives
-    from rlx.learners import build_algorithm
+    from rlx.learners import build_algorithm, tuned
     from rlx.logging import Progress
-    from rlx.schedule import TrainConfig, make_schedule
+    from rlx.schedule import make_schedule
 
     count, index, port = options.worker
     if port:
         distributed.start(f"localhost:{port}", count, index)
     devices = len(jax.devices())
     env = envs.make(options.env)
-    merged = settings.merge(TrainConfig, ppo.Config, [("preset", settings.preset(options.env, "ppo"))])
-    train = settings.build(TrainConfig, settings.values(merged))
+    train, config = tuned(options.env, ppo)
     sizes = {"num_envs": options.num_envs * devices, "num_groups": devices, "num_devices": devices, "split": "envs"}
     train = dataclasses.replace(train, **sizes, iterations_per_epoch=options.iterations, num_evals=0)
     train = dataclasses.replace(train, total_steps=10**9)
-    config = settings.build(ppo.Config, settings.values(merged, "algo."))
     schedule = make_schedule(env, train)
     built = build_algorithm(ppo, config, env, schedule.plan)
     key = jax.random.key(0)

@@ -37,22 +37,18 @@ def compiled_iteration(env_name: str, num_envs: int, num_devices: int) -> dict[s
     import jax
 
     import envs
-    from rlx import settings
     from rlx.algorithms import ppo
     from rlx.compilation import compile_run
     from rlx.footprint import collectives, memory
-    from rlx.learners import build_algorithm
+    from rlx.learners import build_algorithm, tuned
     from rlx.logging import Progress
-    from rlx.schedule import TrainConfig, make_schedule
+    from rlx.schedule import make_schedule
 
     env = envs.make(env_name, physics="mjx") if env_name.startswith(("playground/", "brax/")) else envs.make(env_name)
-    layers = [("preset", settings.preset(env_name, "ppo"))]
-    merged = settings.merge(TrainConfig, ppo.Config, layers)
-    train = settings.build(TrainConfig, settings.values(merged))
+    train, config = tuned(env_name, ppo)
     groups = math.gcd(num_envs, 256)
     sizes = {"num_envs": num_envs, "num_groups": groups, "num_devices": num_devices, "iterations_per_epoch": 1}
     train = dataclasses.replace(train, **sizes, num_evals=0)
-    config = settings.build(ppo.Config, settings.values(merged, "algo."))
     schedule = make_schedule(env, train)
     built = build_algorithm(ppo, config, env, schedule.plan)
     quiet = Progress(quiet=True)
