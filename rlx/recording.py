@@ -249,12 +249,13 @@ def episodes(result: EvalResult) -> dict[str, list[Any]]:
 def describe(
     algorithm: Any, env: Environment, train_config: Any, config: Any, schedule: Schedule, data: Data | None = None
 ) -> dict[str, Any]:
-    """What config.json holds of a run that is begun from Python; the command line adds what builds it again."""
+    """What config.json holds of a run that is begun from Python; the command line adds what builds own work again."""
     return {
+        **rebuilding(algorithm, env),
         **({"data": data.record} if data else {}),
         "algorithm": getattr(algorithm, "__name__", type(algorithm).__name__).rpartition(".")[2],
         "env": env.spec.name or type(env).__name__,
-        "physics": env.spec.physics,
+        "physics": env.spec.physics or "auto",  # as the command line calls it where there is no choice
         "train": dataclasses.asdict(train_config),
         "algo": dataclasses.asdict(config),
         "plan": schedule.describe(),
@@ -269,6 +270,21 @@ def describe(
             "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
         },
     }
+
+
+def rebuilding(algorithm: Any, env: Environment) -> dict[str, Any]:
+    """What lets the command line build an algorithm and an environment that ship; empty for others, and their wrappers.
+
+    Overrides that name a file, or that JSON does not know, are left to Python too.
+    """
+    ships = getattr(algorithm, "__name__", "").startswith("rlx.algorithms.")
+    overrides = getattr(env, "made", None)  # by `envs.make`, of that very object
+    if not ships or overrides is None or any(":" in str(value) for value in overrides.values()):
+        return {}
+    try:
+        return {"env_overrides": json.loads(json.dumps(overrides)), "files": {}}
+    except TypeError:
+        return {}
 
 
 def note_resume(directory: RunDirectory, progress: Progress) -> None:
@@ -290,7 +306,7 @@ def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -
     """Raises UserError where a run is to be resumed with other settings than it was begun with."""
     given = json.loads(json.dumps(given))
     for name in ("algorithm", "env", "physics"):
-        was = recorded.get(name, "")  # runs of the first development version recorded no engine
+        was = recorded.get(name) or "auto"  # early development versions recorded no engine where there is no choice
         require(was == given[name], name, given[name], f"the run to resume is of {was!r}")
     was, now = ([(d["sha256"], d["share"]) for d in entry.get("data", ())] for entry in (recorded, given))
     require(was == now, "data", now, f"the run to resume learns from other data: {was}")

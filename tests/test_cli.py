@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import envs
+import rlx
+from envs.wrappers import ActionRepeat
 from rlx import arguments, cli
 from rlx.algorithms import ALGORITHMS, ppo
 from rlx.arguments import literal, option_value, parse_train, take_env_overrides
 from rlx.doctor import check_robot_models, examine
 from rlx.errors import UserError
+from rlx.logging import Progress
 from rlx.schedule import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -507,3 +511,17 @@ def test_a_switch_takes_no_other_word(capsys):
     with pytest.raises(SystemExit) as ended:
         parse_train("probe/lqr", "ppo", ["--algo.anneal-lr", "maybe"], TrainConfig, ppo.Config)
     assert ended.value.code == 2 and "Expected one of ('true', 'false'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_begun_from_python_with_what_ships_is_one_of_the_command_line_too(tmp_path, capsys):
+    sizes = rlx.TrainConfig(total_steps=512, num_envs=4, unroll_length=16, num_evals=0)
+    config = rlx.ppo.Config(actor_hidden=(8,), critic_hidden=(8,), num_epochs=1, num_minibatches=2)
+    env = envs.make("gymnax/Pendulum-v1", max_torque=1.5)
+    for name, made in (("plain", env), ("wrapped", ActionRepeat(env, 2))):
+        rlx.train(made, rlx.ppo, sizes, config, run_dir=tmp_path / name, progress=Progress(quiet=True))
+    status, out, err = run(capsys, "evaluate", tmp_path / "plain", "--episodes", 3)
+    assert status == 0 and "step 512: mean return" in out, err
+    assert config_of(tmp_path / "plain")["env_overrides"] == {"max_torque": 1.5}
+    assert run(capsys, "resume", tmp_path / "plain", "--quiet")[0] == 0
+    status, _, err = run(capsys, "evaluate", tmp_path / "wrapped")
+    assert status == 2 and "begun from Python with own work" in err

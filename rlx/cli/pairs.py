@@ -140,7 +140,8 @@ def load_run(run_dir: str | Path, physics: str = "") -> LoadedRun:
     recorded = directory.config
     if "env_overrides" not in recorded:
         raise UserError(
-            f"{str(run_dir)!r} was begun from Python: go on there, with resume=True of rlx.train or train_many."
+            f"{str(run_dir)!r} was begun from Python with own work: go on there, with resume=True of rlx.train or "
+            "train_many."
         )
     pair = recorded_pair(recorded)
     pair = pair._replace(physics=physics or pair.physics)
