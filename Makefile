@@ -43,7 +43,7 @@ bench: install  ## steps/s, compile time and memory on every physics engine, int
 	@mkdir -p $(RESULTS)
 	@for env in $(BENCH); do $(BIN)/rlx benchmark $$env ppo --out $(RESULTS)/$$(echo $$env | tr / -)-ppo.json || exit 1; done
 
-results: install  ## README's results, out of the reports in experiments/
+results: install  ## the results in README and docs, out of the reports in experiments/
 	$(BIN)/python experiments/results_table.py
 
 docs: install  ## the site, into build/site; warnings are errors

@@ -1,4 +1,4 @@
-"""README's results are those of the studies' reports, and what changed since their runs is found."""
+"""The results in README and docs/ are those of the studies' reports, and what changed since their runs is found."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def tree(tmp_path, monkeypatch):
     """A repository of one study, with its report."""
     study = tmp_path / "experiments" / "ppo_basics"
     shutil.copytree(ROOT / "experiments" / "ppo_basics", study)
-    (tmp_path / "README.md").write_text(f"before\n\n{SCRIPT.BEGIN}\nold\n{SCRIPT.END}\n\nafter\n")
+    (tmp_path / "docs").mkdir()
+    for name in SCRIPT.documents():
+        (tmp_path / name).write_text(f"before\n\n{SCRIPT.BEGIN}\nold\n{SCRIPT.END}\n\nafter\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -36,10 +38,10 @@ def program(**changes):
     return {**plain, "reference": None, "verdict": "not comparable", **changes}
 
 
-def test_readme_shows_what_the_reports_hold():
-    readme = (ROOT / "README.md").read_text()
-    message = "README's results are not those of experiments/*/report/small/results.json: run `make results`"
-    assert SCRIPT.readme_with_results(readme, ROOT) == readme, message
+@pytest.mark.parametrize("name", SCRIPT.documents())
+def test_documents_show_what_the_reports_hold(name):
+    message = f"{name} does not show experiments/*/report/small/results.json: run `make results`"
+    assert SCRIPT.with_results(name, ROOT) == (ROOT / name).read_text(), message
 
 
 def test_every_study_with_a_small_report_is_shown():
@@ -50,14 +52,16 @@ def test_every_study_with_a_small_report_is_shown():
 
 def test_the_command_writes_between_the_markers_alone_and_follows_the_report(tree):
     assert SCRIPT.main() == 0
-    first = (tree / "README.md").read_text()
-    assert first.startswith("before\n") and first.endswith("\nafter\n") and "old" not in first
+    first = {name: (tree / name).read_text() for name in SCRIPT.documents()}
+    assert all(t.startswith("before\n") and t.endswith("\nafter\n") and "old" not in t for t in first.values())
     content = json.loads(results(tree).read_text())
     content["programs"][0]["mean"] = 321.0
     results(tree).write_text(json.dumps(content))
     assert SCRIPT.main() == 0
-    second = (tree / "README.md").read_text()
-    assert second != first and "| 321 (500, 500, 500) | 500: within |" in second
+    second = {name: (tree / name).read_text() for name in first}
+    assert "| ppo 321 ± 0 | 500: within |" in second["README.md"]
+    assert "| 321 (500, 500, 500) | 500: within |" in second["docs/results.md"]
+    assert not any("321" in text for text in first.values())
 
 
 @pytest.mark.parametrize("readme", ["no markers\n", f"{SCRIPT.END}\n{SCRIPT.BEGIN}\n", f"{SCRIPT.BEGIN}\n" * 2])
@@ -65,7 +69,7 @@ def test_a_readme_without_its_markers_is_refused_and_kept(tree, readme, capsys):
     (tree / "README.md").write_text(readme)
     assert SCRIPT.main() == 2
     assert "marker" in capsys.readouterr().err
-    assert (tree / "README.md").read_text() == readme
+    assert (tree / "README.md").read_text() == readme and "old" in (tree / "docs/results.md").read_text()
 
 
 def test_a_place_without_reports_is_refused(tree, capsys):
