@@ -7,7 +7,7 @@ WORKERS ?= 2
 BENCH ?= brax/hopper playground/CheetahRun playground/HopperHop playground/HumanoidRun
 RESULTS := experiments/benchmarks/results
 
-.PHONY: help install train test test-slow lint format bench results docs clean
+.PHONY: help install train test test-slow test-pod lint format bench results docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -28,7 +28,10 @@ test: install  ## everything that is not slow
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: install  ## learning and reproduction
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "slow and not pod"
+
+test-pod: install  ## runs of two and four processes, stopped and killed
+	$(BIN)/python -m pytest -m pod
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ import dataclasses
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from rlx import cli, distributed
+from rlx import cli, distributed, external
 from rlx.checkpoint import Checkpointer
 from rlx.cli.processes import lost_others, take_flags
 from rlx.errors import UserError
@@ -24,13 +23,9 @@ from rlx.schedule import TrainConfig, make_schedule
 from tests.test_kill import CHECKPOINTS, EPOCHS, REPORT, RUNS, SIZES, Rlx, assert_same_run, restored
 from tests.worlds import Counter
 
+ROOT = Path(__file__).resolve().parent.parent
+free_port = external.load_file(ROOT / "experiments" / "launch" / "local.py").free_port
 END = 60  # seconds in which a lost process ends the others
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 class Processes:
@@ -199,8 +194,19 @@ def test_two_processes_train_one_run(tmp_path):
 
 
 SLOW = pytest.mark.slow
-NAMES = pytest.mark.parametrize("name", ["ppo", "sac", "hasac"], scope="module")
-COUNTS = pytest.mark.parametrize("count", [2, 4], scope="module")
+POD = [SLOW, pytest.mark.pod]
+EVERY = pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        pytest.param(name, count, marks=SLOW if (name, count) == ("ppo", 2) else POD)
+        for name in ("ppo", "sac", "hasac")
+        for count in (2, 4)
+    ],
+    scope="module",
+)
+FOUR = pytest.mark.parametrize(
+    ("name", "count"), [pytest.param(name, 4, marks=POD) for name in ("ppo", "sac", "hasac")], scope="module"
+)
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +217,7 @@ def whole(name, count, tmp_path_factory):
     return folder
 
 
-@SLOW
-@NAMES
-@COUNTS
+@EVERY
 def test_the_curve_is_that_of_one_process_with_as_many_devices(whole, name, count, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(count))
     sizes = [*SIZES.split(), "--num-checkpoints", CHECKPOINTS, "--split", "envs"]
@@ -239,9 +243,7 @@ def stopped(name, count, tmp_path_factory):
     return folder, found
 
 
-@SLOW
-@NAMES
-@COUNTS
+@EVERY
 def test_a_signal_to_any_process_saves_once_and_ends_all(stopped, name, count):
     folder, found = stopped
     assert [status for status, _, _ in found] == [130] * count, found
@@ -251,9 +253,7 @@ def test_a_signal_to_any_process_saves_once_and_ends_all(stopped, name, count):
     print(f"{name}, {count} processes: all saved and ended at step {last}")
 
 
-@SLOW
-@NAMES
-@COUNTS
+@EVERY
 def test_a_lost_process_ends_the_others_and_the_same_command_goes_on_as_if_nothing_had_happened(
     whole, stopped, name, count, tmp_path
 ):
@@ -266,9 +266,7 @@ def test_a_lost_process_ends_the_others_and_the_same_command_goes_on_as_if_nothi
     assert_same_run(folder, whole)
 
 
-@SLOW
-@NAMES
-@pytest.mark.parametrize("count", [4], scope="module")
+@FOUR
 def test_saved_by_four_goes_on_in_two_and_in_one(whole, stopped, name, count, tmp_path):
     step = Checkpointer(stopped[0] / "checkpoints").steps()[-1]
     assert restored(stopped[0])[1] == step  # in this one process, on one device
@@ -286,8 +284,7 @@ def test_saved_by_four_goes_on_in_two_and_in_one(whole, stopped, name, count, tm
         print(f"{name}: saved by four at step {step}, gone on with by {number}")
 
 
-@SLOW
-@pytest.mark.parametrize(("name", "count"), [("ppo", 4)], scope="module")
+@pytest.mark.parametrize(("name", "count"), [pytest.param("ppo", 4, marks=POD)], scope="module")
 def test_twenty_kills_lose_nothing_and_repeat_nothing(whole, name, count, tmp_path):
     chance, kills, runs = random.Random(0), 0, 0
     while kills < 20:

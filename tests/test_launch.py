@@ -14,8 +14,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from rlx import external
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "experiments" / "launch"
+free_port = external.load_file(LAUNCH / "local.py").free_port
 SMOKE = [sys.executable, str(LAUNCH / "smoke.py")]
 LIMIT = 300  # seconds
 SLOW = pytest.mark.slow
@@ -35,12 +38,6 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 def checks(out: str) -> list[str]:
     """The lines of the smoke test alone: gloo greets its peers on stdout, every process when it likes."""
     return [line for line in out.splitlines() if line.startswith(("ok    ", "all "))]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 def is_free(port: int) -> bool:
