@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlx.errors import UserError, require
-from rlx.logging import Progress, versions
-from rlx.machine import commit, usable_cores
+from rlx.logging import Progress
+from rlx.machine import commit, usable_cores, versions
 
 if TYPE_CHECKING:
     from rlx.environment import Environment

@@ -27,7 +27,7 @@ from rlx import storage
 from rlx.checkpoint_store import FORMAT, Damaged, Store, orbax, verify
 from rlx.distributed import on_first, several
 from rlx.errors import UserError, require
-from rlx.logging import versions
+from rlx.machine import versions
 from rlx.types import PyTree
 
 SPACE_MARGIN = 2**20  # bytes beside the arrays themselves: orbax's indices and the manifest

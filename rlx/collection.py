@@ -21,8 +21,8 @@ from rlx.algorithm import Algorithm, Key, Mode, Policy
 from rlx.data_file import Column, check_target, column, describe_env, obs_columns, write
 from rlx.environment import Environment, random_action
 from rlx.errors import UserError, require
-from rlx.logging import Progress, versions
-from rlx.machine import available_memory
+from rlx.logging import Progress
+from rlx.machine import available_memory, versions
 from rlx.rolling import Rollout, bytes_per_step, roll_out
 from rlx.types import PyTree, Spec
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from rlx import storage
 from rlx.errors import UserError, require
-from rlx.logging import versions
+from rlx.machine import versions
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost, and the others end
 WAIT = 3600  # seconds in which the first process must have done what the others wait for

@@ -9,8 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rlx.logging import versions
-from rlx.machine import DRAWING, OFFSCREEN, draws, menagerie_path, usable_cores
+from rlx.machine import DRAWING, OFFSCREEN, draws, menagerie_path, usable_cores, versions
 
 
 def examine() -> Iterator[str]:

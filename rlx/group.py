@@ -24,18 +24,11 @@ from rlx.algorithm import LearnerState, Policy
 from rlx.checkpoint import Checkpointer
 from rlx.errors import NonFiniteError, UserError, require
 from rlx.evaluation import EvalResult
-from rlx.logging import (
-    FAILED,
-    OWN_FILES,
-    RUNS,
-    Progress,
-    RunDirectory,
-    read_metrics,
-    run_directories,
-    write_atomically,
-)
-from rlx.recording import Recorder, check_same_settings, mirror, open_checkpoints, restore_newest
+from rlx.logging import Progress
+from rlx.recording import Recorder, mirror, open_checkpoints, restore_newest
+from rlx.records import check_same_settings
 from rlx.rollout import where_done
+from rlx.run_directory import FAILED, OWN_FILES, RUNS, RunDirectory, read_metrics, run_directories, write_atomically
 from rlx.schedule import check_seed
 from rlx.types import PyTree
 

@@ -16,8 +16,8 @@ from rlx.algorithm import Algorithm, Data, Key, Mode, Plan, Policy
 from rlx.environment import Environment
 from rlx.epoch import TrainState
 from rlx.errors import UserError, require
-from rlx.logging import RunDirectory
 from rlx.recording import check_alone, open_checkpoints
+from rlx.run_directory import RunDirectory
 from rlx.schedule import TrainConfig, make_schedule, one_device
 from rlx.sharding import without_past
 from rlx.types import Discrete, PyTree, Spec

@@ -1,184 +1,24 @@
-"""What a run leaves on disk and shows on the screen: run directory, metrics writers, progress.
+"""What a run writes and shows while it goes: metrics, progress.
 
 rich, tensorboardX and wandb are imported when they are used, so that `import rlx` stays fast.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import shutil
 import struct
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rlx import storage
 from rlx.errors import UserError
-
-FORMAT = 1  # of config.json
-FAILED = "failed.json"  # of a run among many that met a NaN or an infinity: step, error
-OWN_FILES = ("config.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints", "eval.json", "curve.png", FAILED)
-FINISHED = "finished.json"  # in the folder of a sweep's or a study's program, once nothing of it is left to run
-RUNS = "runs.json"  # in a folder of many runs: their names
-PACKAGES = "rlx jax jaxlib flax optax numpy orbax-checkpoint brax mujoco mujoco-mjx playground gymnax".split()
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that decide a run's numbers."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file as a whole: whoever reads `path`, at any moment, finds the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write it too
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def run_directories(path: str | os.PathLike[str]) -> list[Path]:
-    """The run directories in a folder of many runs, or `path` itself. Raises UserError for a damaged list."""
-    folder = Path(path).absolute()
-    file = folder / RUNS
-    if not file.is_file():
-        return [folder]
-    try:
-        return [folder / str(name) for name in json.loads(file.read_text())["runs"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(file)!r} is damaged: {error!r}.") from error
-
-
-def group_of(path: str | os.PathLike[str]) -> Path | None:
-    """The folder of many runs, trained as one program, that a run directory is one of; None for a run alone."""
-    folder = Path(path).absolute()
-    whole = folder.parent
-    return whole if (whole / RUNS).is_file() and folder in run_directories(whole) else None
-
-
-@contextmanager
-def locked(path: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None]:
-    """Holds an existing folder against other processes that train into it, until they end or are killed.
-
-    Raises UserError where one still does after `patience` seconds. File systems without locks go without.
-    """
-    import fcntl
-
-    handle, last = os.open(path, os.O_RDONLY), time.monotonic() + patience
-    try:
-        with suppress(OSError):
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() >= last:
-                        text = f"{str(path)!r}: another process trains there; wait for it, or stop it."
-                        raise storage.BusyError(text) from error
-                time.sleep(0.5)
-        yield
-    finally:
-        os.close(handle)
-
-
-class RunDirectory:
-    """One run on disk: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `eval.json`, `curve.png`."""
-
-    def __init__(self, path: Path, config: dict[str, Any]):
-        self.path = path
-        self.config = config
-        self.metrics_path = path / "metrics.jsonl"
-        self.checkpoints_path = path / "checkpoints"
-        self.tensorboard_path = path / "tensorboard"
-
-    @staticmethod
-    def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> list[str]:
-        """What the folder holds now. Raises UserError for a run (unless `overwrite`) and for anything else."""
-        folder = Path(path).absolute()
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"run directory {str(folder)!r} is a file; name another.")
-        present = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.exists() else []
-        if "config.json" in present and not overwrite:
-            name = os.fspath(storage.home(folder))
-            raise UserError(f"{name!r} already holds a run: use `rlx resume {name}`, or --overwrite.")
-        if present and "config.json" not in present:
-            names = ", ".join(present[:4])
-            raise UserError(f"{str(folder)!r} is not empty and holds no run ({names}); name another run directory.")
-        return present
-
-    @staticmethod
-    def create(path: str | os.PathLike[str], config: Mapping[str, Any], overwrite: bool = False) -> RunDirectory:
-        """Makes the folder and its `config.json`: `config`, plus "format" and "versions".
-
-        Raises UserError as `check_free` does. `overwrite` removes what a run writes and nothing more.
-        """
-        folder = Path(path).absolute()
-        present = RunDirectory.check_free(folder, overwrite)
-        for name in present:
-            if name in OWN_FILES:
-                target = folder / name
-                shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
-        if present:
-            storage.clear(folder, sorted(OWN_FILES, key="config.json".__eq__))  # without it the rest belongs to no run
-        folder.mkdir(parents=True, exist_ok=True)
-        full = {**config, "format": FORMAT, "versions": versions()}
-        write_atomically(folder / "config.json", json.dumps(full, indent=2) + "\n")
-        return RunDirectory(folder, json.loads(json.dumps(full)))
-
-    @staticmethod
-    def open(path: str | os.PathLike[str]) -> RunDirectory:
-        """An existing run. Raises UserError if there is none, or if its `config.json` cannot be read."""
-        folder = Path(path).absolute()
-        file = folder / "config.json"
-        if not file.is_file():
-            what = "holds no run (no config.json)" if folder.is_dir() else "does not exist"
-            inside = sorted(path.parent.name for path in folder.glob(f"*/{RUNS}"))
-            what += f"; name one of the folders of runs in it: {', '.join(inside)}" if inside else ""
-            raise UserError(f"run directory {str(folder)!r} {what}.")
-        try:
-            config = json.loads(file.read_text())
-            found = int(config["format"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{str(file)!r} is damaged: {error!r}.") from error
-        if found != FORMAT:
-            raise UserError(f"{str(file)!r} has format {found}; this version of rlx reads format {FORMAT}.")
-        return RunDirectory(folder, config)
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`; null becomes NaN. A torn last line is left out, as after a kill.
-
-    Raises UserError if there is no such file, or if a line before the last cannot be read.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{str(file)!r} does not exist.")
-    rows = []
-    lines = file.read_bytes().split(b"\n")  # what follows the last line break is torn, or nothing
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-            rows.append({"step": int(row.pop("step")), **{k: math.nan if v is None else v for k, v in row.items()}})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"line {number} of {str(file)!r} is damaged: {error!r}.") from error
-    return rows
+from rlx.run_directory import RunDirectory, read_metrics, write_atomically
 
 
 class Writer(Protocol):

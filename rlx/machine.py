@@ -1,18 +1,35 @@
-"""What this machine has. Free of jax."""
+"""What this machine and its Python have. Free of jax."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
+
+PACKAGES = "rlx jax jaxlib flax optax numpy orbax-checkpoint brax mujoco mujoco-mjx playground gymnax".split()
 
 
 def usable_cores() -> int:
     """Cores that this process may run on; a container may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def commit() -> str:

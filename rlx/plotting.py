@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlx.errors import UserError, require, unknown
-from rlx.logging import FAILED, RunDirectory, read_metrics
+from rlx.run_directory import FAILED, RunDirectory, read_metrics
 
 SUFFIXES = (".png", ".svg", ".pdf")
 LABELS = {"eval/return": "mean return of an evaluation episode", "train/return": "mean return of a training episode"}

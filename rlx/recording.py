@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from rlx.algorithm import Data, LearnerState, Policy
+from rlx.algorithm import LearnerState, Policy
 from rlx.checkpoint import Checkpointer, first_nonfinite
 from rlx.distributed import is_first, on_first, several, told_to_stop
-from rlx.environment import Environment
-from rlx.errors import NonFiniteError, UserError, require
+from rlx.errors import NonFiniteError, UserError
 from rlx.evaluation import EvalResult
-from rlx.logging import (
-    JsonlWriter,
-    Progress,
-    RunDirectory,
-    TensorboardWriter,
-    WandbWriter,
-    Writer,
-    group_of,
-    read_metrics,
-    versions,
-    write_atomically,
-)
-from rlx.machine import commit, usable_cores
+from rlx.logging import JsonlWriter, Progress, TensorboardWriter, WandbWriter, Writer
 from rlx.plotting import plot
-from rlx.schedule import Schedule
+from rlx.run_directory import RunDirectory, group_of, read_metrics, write_atomically
 from rlx.storage import Mirror, put
 
 
@@ -246,78 +232,6 @@ def episodes(result: EvalResult) -> dict[str, list[Any]]:
     return {name: np.asarray(value).tolist() for name, value in result._asdict().items() if value is not None}
 
 
-def describe(
-    algorithm: Any, env: Environment, train_config: Any, config: Any, schedule: Schedule, data: Data | None = None
-) -> dict[str, Any]:
-    """What config.json holds of a run that is begun from Python; the command line adds what builds own work again."""
-    return {
-        **rebuilding(algorithm, env),
-        **({"data": data.record} if data else {}),
-        "algorithm": getattr(algorithm, "__name__", type(algorithm).__name__).rpartition(".")[2],
-        "env": env.spec.name or type(env).__name__,
-        "physics": env.spec.physics or "auto",  # as the command line calls it where there is no choice
-        "train": dataclasses.asdict(train_config),
-        "algo": dataclasses.asdict(config),
-        "plan": schedule.describe(),
-        "commit": commit(),
-        "machine": {
-            "platform": jax.default_backend(),
-            "devices": [device.device_kind for device in jax.devices()],
-            "devices_used": schedule.num_devices,
-            "processes": jax.process_count(),
-            "cores": usable_cores(),
-            "deterministic": env.spec.physics != "warp",
-            "matmul_precision": str(jax.config.values["jax_default_matmul_precision"] or "default"),
-        },
-    }
-
-
-def rebuilding(algorithm: Any, env: Environment) -> dict[str, Any]:
-    """What lets the command line build an algorithm and an environment that ship; empty for others, and their wrappers.
-
-    Overrides that name a file, or that JSON does not know, are left to Python too.
-    """
-    ships = getattr(algorithm, "__name__", "").startswith("rlx.algorithms.")
-    overrides = getattr(env, "made", None)  # by `envs.make`, of that very object
-    if not ships or overrides is None or any(":" in str(value) for value in overrides.values()):
-        return {}
-    try:
-        return {"env_overrides": json.loads(json.dumps(overrides)), "files": {}}
-    except TypeError:
-        return {}
-
-
-def note_resume(directory: RunDirectory, progress: Progress) -> None:
-    """Says, and adds to config.json as "resumed", that a run goes on with other versions or another commit."""
-    now: dict[str, Any] = {"versions": versions(), "commit": commit()}
-    earlier = [directory.config, *directory.config.get("resumed", [])][-1]
-    old, new = earlier["versions"], now["versions"]
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    other = [f"{name} {old.get(name, 'missing')} then, {new.get(name, 'missing')} now" for name in changed]
-    if earlier.get("commit") not in (None, now["commit"]):
-        other.append(f"commit {earlier['commit']} then, {now['commit']} now")
-    if other:
-        progress.message(f"versions differ, so results may too: {'; '.join(other)}")
-        directory.config["resumed"] = [*directory.config.get("resumed", []), now]
-        write_atomically(directory.path / "config.json", json.dumps(directory.config, indent=2) + "\n")
-
-
-def check_same_settings(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raises UserError where a run is to be resumed with other settings than it was begun with."""
-    given = json.loads(json.dumps(given))
-    for name in ("algorithm", "env", "physics"):
-        was = recorded.get(name) or "auto"  # early development versions recorded no engine where there is no choice
-        require(was == given[name], name, given[name], f"the run to resume is of {was!r}")
-    was, now = ([(d["sha256"], d["share"]) for d in entry.get("data", ())] for entry in (recorded, given))
-    require(was == now, "data", now, f"the run to resume learns from other data: {was}")
-    for part in ("train", "algo", "plan"):
-        for name, value in given[part].items():
-            if part == "train" and name in ("num_devices", "split"):
-                continue  # they decide roundings, and may have to be others
-            old = recorded.get(part, {}).get(name, value)
-            require(old == value, f"{part}.{name}", value, f"the run to resume was begun with {old!r}")
-
-
 def check_alone(directory: RunDirectory) -> None:
     """Raises UserError for one of many runs whose state lies in the checkpoints that they share, as after a kill."""
     whole = group_of(directory.path)
@@ -326,13 +240,6 @@ def check_alone(directory: RunDirectory) -> None:
             f"{directory.path.name!r} is one of the runs in {str(whole)!r}, which share their checkpoints until all "
             f"end or are stopped: `rlx resume {whole}` goes on with them."
         )
-
-
-def say_other_devices(recorded: Mapping[str, Any], given: Mapping[str, Any], progress: Progress) -> None:
-    """One line where a run goes on on another number of devices."""
-    was, now = (entry["machine"].get("devices_used", 1) for entry in (recorded, given))
-    if was != now:
-        progress.message(f"begun on {was} devices, goes on on {now}: results may differ in their last digits")
 
 
 def open_checkpoints(directory: RunDirectory, keep: int) -> Checkpointer:

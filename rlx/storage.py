@@ -96,7 +96,7 @@ def fetch(path: str | os.PathLike[str]) -> Path:
             not collapsed, "run_dir", os.fspath(path), "an address is a str; a pathlib.Path drops one of its slashes"
         )
         return Path(path).absolute()
-    from rlx.logging import RUNS, locked
+    from rlx.run_directory import RUNS, locked
 
     address = os.fspath(path).rstrip("/")
     _check(address)
@@ -123,7 +123,7 @@ def fetch(path: str | os.PathLike[str]) -> Path:
 
 def _download(there: Any, folder: Path) -> None:
     """Replaces the logs in a staged folder, but for those of runs in it that train now, and W&B's, which lie here."""
-    from rlx.logging import locked
+    from rlx.run_directory import locked
 
     busy = {"wandb"}
     for old in folder.iterdir():

@@ -20,17 +20,10 @@ from rlx.environment import Environment
 from rlx.epoch import EpochMetrics, TrainState
 from rlx.errors import require
 from rlx.learners import build_algorithm, check_data, check_policy, maker
-from rlx.logging import Progress, RunDirectory, Writer, locked
-from rlx.recording import (
-    Recorder,
-    StopSignal,
-    check_alone,
-    check_same_settings,
-    describe,
-    draw_curve,
-    note_resume,
-    say_other_devices,
-)
+from rlx.logging import Progress, Writer
+from rlx.recording import Recorder, StopSignal, check_alone, draw_curve
+from rlx.records import check_same_settings, describe, note_resume, say_other_devices
+from rlx.run_directory import RunDirectory, locked
 from rlx.schedule import Schedule, TrainConfig, make_schedule
 
 LOST = 60.0  # seconds in which processes of a run that lost one of them end, and leave its directory

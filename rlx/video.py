@@ -20,8 +20,8 @@ from rlx.algorithm import Key, Policy
 from rlx.environment import Environment, render
 from rlx.errors import UserError, require
 from rlx.evaluation import Player
-from rlx.logging import write_atomically
 from rlx.machine import DRAWING, OFFSCREEN, draws
+from rlx.run_directory import write_atomically
 
 # Frames a second: a gif counts in hundredths, and players skip 1. A page has the pace of the simulation.
 FASTEST = {".mp4": 240, ".gif": 50, ".png": 1000, ".webp": 1000, ".html": 1000}

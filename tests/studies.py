@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from rlx.logging import FAILED, FINISHED, RUNS, JsonlWriter, RunDirectory
+from rlx.logging import JsonlWriter
+from rlx.run_directory import FAILED, FINISHED, RUNS, RunDirectory
 from rlx.study import Reference, Size, Study, Task, Variant, programs, run_name
 
 ENVS = ("probe/lqr", "probe/memory")

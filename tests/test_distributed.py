@@ -18,7 +18,8 @@ from rlx import cli, distributed, external
 from rlx.checkpoint import Checkpointer
 from rlx.cli.processes import lost_others, take_flags
 from rlx.errors import UserError
-from rlx.logging import locked, read_metrics, versions
+from rlx.machine import versions
+from rlx.run_directory import locked, read_metrics
 from rlx.schedule import TrainConfig, make_schedule
 from tests.test_kill import CHECKPOINTS, EPOCHS, REPORT, RUNS, SIZES, Rlx, assert_same_run, restored
 from tests.worlds import Counter
@@ -312,9 +313,9 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(whole, name, count, tmp_pa
 
 
 WITH_VERSION = """
-import sys, rlx.logging
-found = rlx.logging.versions() | {"jax": sys.argv.pop(1)}
-rlx.logging.versions = lambda: found
+import sys, rlx.machine
+found = rlx.machine.versions() | {"jax": sys.argv.pop(1)}
+rlx.machine.versions = lambda: found
 from rlx.cli import main
 sys.exit(main())
 """

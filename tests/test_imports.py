@@ -25,6 +25,8 @@ DRIVER |= {
     "schedule",
     "plotting",
     "recording",
+    "records",
+    "run_directory",
     "video",
     "benchmark",
     "measuring",

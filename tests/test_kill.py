@@ -30,8 +30,9 @@ from rlx.cli.pairs import load_run
 from rlx.collection import Part, collect, random_policy
 from rlx.data import read
 from rlx.epoch import init_state
-from rlx.logging import Progress, read_metrics
+from rlx.logging import Progress
 from rlx.rollout import make_source
+from rlx.run_directory import read_metrics
 from rlx.schedule import make_schedule
 from tests.kinds import of_each_kind
 

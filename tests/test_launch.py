@@ -231,9 +231,9 @@ def test_the_smoke_test_names_a_folder_that_cannot_be_written_to():
 
 
 WITH_VERSION = """
-import runpy, sys, rlx.logging
-found = rlx.logging.versions() | {"jax": sys.argv[1]}
-rlx.logging.versions = lambda: found
+import runpy, sys, rlx.machine
+found = rlx.machine.versions() | {"jax": sys.argv[1]}
+rlx.machine.versions = lambda: found
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

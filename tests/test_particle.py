@@ -14,7 +14,8 @@ import pytest
 import envs
 from envs import particle
 from envs.names import PARTICLE
-from envs.particle import BACKGROUND, BLUE, GREEN, GREY, STRIP_COLOUR, Particle, ParticleState
+from envs.particle import BACKGROUND, GREEN, STRIP_COLOUR, Particle
+from envs.particle_tasks import BLUE, GREY, ParticleState
 from rlx import settings
 from rlx.algorithm import Plan
 from rlx.collection import random_policy

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from rlx.errors import UserError
-from rlx.logging import JsonlWriter, RunDirectory
+from rlx.logging import JsonlWriter
 from rlx.plotting import Curve, _curve, _rows, band, plot
+from rlx.run_directory import RunDirectory
 
 
 def make_run(path, rows, algorithm="ppo", env="probe/one", **entries):

@@ -18,7 +18,8 @@ from rlx import checkpoint_store, cli, storage, training
 from rlx.algorithms import ppo
 from rlx.checkpoint import Checkpointer
 from rlx.errors import UserError
-from rlx.logging import Progress, read_metrics
+from rlx.logging import Progress
+from rlx.run_directory import read_metrics
 from rlx.training import train, train_many
 from tests.test_distributed import Processes
 from tests.test_kill import REPORT

@@ -21,7 +21,8 @@ from rlx.cli.pairs import find_pair
 from rlx.cli.studies import merge
 from rlx.collection import Part, collect, random_policy
 from rlx.errors import UserError
-from rlx.logging import Progress, read_metrics
+from rlx.logging import Progress
+from rlx.run_directory import read_metrics
 from rlx.study import Size, Study, Task, Variant, beside, load, programs, select
 from tests.studies import ENVS, make_study, reference
 from tests.test_training import without_time

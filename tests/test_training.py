@@ -22,9 +22,11 @@ from rlx.algorithms import ppo
 from rlx.checkpoint import Checkpointer
 from rlx.epoch import TrainState, init_state, make_epoch
 from rlx.errors import NonFiniteError, UserError
-from rlx.logging import Progress, read_metrics
-from rlx.recording import describe, open_checkpoints
+from rlx.logging import Progress
+from rlx.recording import open_checkpoints
+from rlx.records import describe
 from rlx.rollout import make_source
+from rlx.run_directory import read_metrics
 from rlx.schedule import Schedule, TrainConfig, make_schedule
 from rlx.training import train
 from tests.worlds import Counter, constant_algorithm

@@ -24,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rlx.logging import read_metrics, versions, write_atomically
-from rlx.machine import commit, usable_cores
+from rlx.machine import commit, usable_cores, versions
+from rlx.run_directory import read_metrics, write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "many_seeds.json"
 ENVS = ("gymnax/CartPole-v1", "gymnax/Pendulum-v1", "probe/lqr")

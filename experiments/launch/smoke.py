@@ -65,7 +65,7 @@ def devices(folder: str) -> str:
     import jax
 
     from rlx.distributed import gather, several
-    from rlx.logging import versions
+    from rlx.machine import versions
 
     own = [socket.gethostname(), [device.device_kind for device in jax.local_devices()]]
     found = gather(own) if several() else [own]

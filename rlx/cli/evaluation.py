@@ -10,7 +10,8 @@ from typing import Any
 from rlx import storage
 from rlx.cli.pairs import load_run, settings_of
 from rlx.errors import require
-from rlx.logging import FAILED, Progress, RunDirectory, run_directories, write_atomically
+from rlx.logging import Progress
+from rlx.run_directory import FAILED, RunDirectory, run_directories, write_atomically
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rlx import storage
 from rlx.cli.pairs import load_run
-from rlx.logging import Progress, RunDirectory
+from rlx.logging import Progress
+from rlx.run_directory import RunDirectory
 
 
 def export(arguments: list[str]) -> int:

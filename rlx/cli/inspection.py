@@ -23,7 +23,8 @@ from rlx.cli.pairs import (
     with_overrides,
 )
 from rlx.errors import UserError
-from rlx.logging import Progress, run_directories, write_atomically
+from rlx.logging import Progress
+from rlx.run_directory import run_directories, write_atomically
 
 
 def plot(arguments: list[str]) -> int:

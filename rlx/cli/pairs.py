@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rlx import external, settings, storage
 from rlx.algorithms import ALGORITHMS
 from rlx.errors import UserError, require, unknown
-from rlx.logging import RunDirectory
+from rlx.run_directory import RunDirectory
 
 SAME_ACTIONS = 0.05  # of the box from -1 to 1: other arithmetic (bfloat16) gives less, another network more
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlx.errors import NonFiniteError
-from rlx.logging import FINISHED, RUNS, Progress, write_atomically
+from rlx.logging import Progress
+from rlx.run_directory import FINISHED, RUNS, write_atomically
 
 if TYPE_CHECKING:
     from rlx.recording import StopSignal

@@ -30,7 +30,8 @@ from rlx.cli.processes import begun, writes
 from rlx.cli.programs import spread_over_cpu
 from rlx.cli.sweeps import go_on, is_sweep
 from rlx.errors import UserError, require
-from rlx.logging import Progress, RunDirectory, run_directories
+from rlx.logging import Progress
+from rlx.run_directory import RunDirectory, run_directories
 
 TRAIN_HELP = """\
 usage: rlx train ALGORITHM ENV [--total-steps N] [--num-envs N] [--seed S] [--num-seeds K] [--run-dir DIR]
