@@ -1,8 +1,9 @@
 """What the pages take out of the code when the site is built: docstrings, settings, names, and the studies' reports.
 
-A line `{{ docstring sac }}`, `{{ settings rlx/schedule.py TrainConfig }}`, `{{ algorithms }}` or `{{ environments }}`
-is replaced. Sources are read, not imported, but for tables of names. Links out of docs/ lead to the studies' pages,
-which become part of the site; other files of the repository are named instead. A dead one stops the build.
+A line that is a link to a source with a title, `[...](../rlx/schedule.py "settings TrainConfig")`, is replaced: so who
+reads the page in the repository is led there. Sources are read, not imported, but for tables of names. Links out of
+docs/ lead to the studies' pages, which become part of the site; other files of the repository are named instead. A dead
+one stops the build.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ FIELD = re.compile(r"    (\w+): (.+?) = (.+?)  # (.+)")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
-def docstring(name: str) -> str:
+def docstring(path: Path) -> str:
     """What stands above an algorithm's code: the paper, the equations, and what differs."""
-    text = ast.get_docstring(ast.parse((ROOT / f"{ALGORITHMS[name].replace('.', '/')}.py").read_text()))
+    text = ast.get_docstring(ast.parse(path.read_text()))
     if text is None:
-        raise ValueError(f"{name} has no docstring")
+        raise ValueError(f"{path} has no docstring")
     return text
 
 
-def settings(path: str, dataclass: str) -> str:
+def settings(path: Path, dataclass: str) -> str:
     """A table of the fields of a dataclass, with the comments behind them. Raises ValueError where one has none."""
-    source = (ROOT / path).read_text()
+    source = path.read_text()
     (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == dataclass)
     lines = source.splitlines()
     rows = ["| setting | type | default | |", "|---|---|---|---|"]
@@ -51,14 +52,14 @@ def settings(path: str, dataclass: str) -> str:
     return "\n".join(rows)
 
 
-def algorithms() -> str:
-    """A table of all algorithms."""
-    titles = {name: docstring(name).partition("\n")[0] for name in ALGORITHMS}
+def algorithms(path: Path) -> str:
+    """A table of all algorithms, whose files lie beside `path`."""
+    titles = {name: docstring(path.with_name(f"{name}.py")).partition("\n")[0] for name in ALGORITHMS}
     rows = [f"| [`{name}`]({name}.md) | {title} |" for name, title in titles.items()]
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
-def environments() -> str:
+def environments(_: Path) -> str:
     """A list of every environment's name, by suite."""
     return "\n".join(f"- `{suite}/`: {', '.join(f'`{name}`' for name in names)}" for suite, names in NAMES.items())
 
@@ -66,14 +67,14 @@ def environments() -> str:
 TABLES = {"docstring": docstring, "settings": settings, "algorithms": algorithms, "environments": environments}
 
 
-def expand(text: str) -> str:
-    """`text` with what its `{{ ... }}` lines stand for."""
+def expand(text: str, page: str) -> str:
+    """`text` of a page, by its path in the repository, with what its titled links stand for."""
 
     def table(line: re.Match[str]) -> str:
-        word, *arguments = line[1].split()
-        return TABLES[word](*arguments)
+        word, *arguments = line[2].split()
+        return TABLES[word]((ROOT / page).parent / line[1], *arguments)
 
-    return re.sub(r"^\{\{ (.+) \}\}$", table, text, flags=re.M)
+    return re.sub(r'^\[.+\]\((\S+) "(.+)"\)$', table, text, flags=re.M)
 
 
 def published() -> list[str]:
@@ -112,5 +113,5 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """A page as it is rendered."""
-    name = page.file.src_uri
-    return relink(expand(markdown), name if name.startswith("experiments/") else f"docs/{name}", set(published()))
+    name = page.file.src_uri if page.file.src_uri.startswith("experiments/") else f"docs/{page.file.src_uri}"
+    return relink(expand(markdown, name), name, set(published()))
