@@ -52,7 +52,8 @@ class GymnasiumEnv(gymnasium.Env):
         self._ended = True
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        """Begins an episode. `seed` decides it and all that comes behind it; `options` are not read."""
+        """Begins an episode. `seed` decides it and all that comes behind it. Raises UserError for `options`."""
+        require(not options, "options", options, "none")
         super().reset(seed=seed)
         self._state, obs = self._reset(draw(self.np_random), self._params)
         self._ended = False
@@ -70,8 +71,12 @@ class GymnasiumEnv(gymnasium.Env):
         return obs, float(reward), bool(terminated), bool(truncated), info
 
     def render(self) -> Any:
-        """A frame [H, W, 3] uint8. Raises UserError where the environment has none."""
-        return None if self.render_mode is None else np.asarray(render(self._env, [jax.device_get(self._state)])[0])
+        """A frame [H, W, 3] uint8. Raises ResetNeeded before the first reset, UserError where there is none."""
+        if self.render_mode is None:
+            return None
+        if self._state is None:
+            raise ResetNeeded("no episode has begun: call reset")
+        return np.asarray(render(self._env, [jax.device_get(self._state)])[0])
 
 
 class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
@@ -135,9 +140,11 @@ class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
         return obs, reward, terminated, truncated, info
 
     def render(self) -> tuple[Any, ...] | None:
-        """A frame [H, W, 3] uint8 of each. Raises UserError where the environment has none."""
-        if self.render_mode is None or self._playing is None:
+        """A frame [H, W, 3] uint8 of each. Raises ResetNeeded before the first reset, UserError where there is none."""
+        if self.render_mode is None:
             return None
+        if self._playing is None:
+            raise ResetNeeded("no episode has begun: call reset")
         states = jax.device_get(self._playing.env)
         return tuple(render(self._env, [jax.tree.map(lambda x: x[i], states) for i in range(self.num_envs)]))  # noqa: B023
 
@@ -163,7 +170,7 @@ def spaces_of(spec: Spec) -> tuple[spaces.Space, spaces.Space]:
     action = spec.action
     if isinstance(action, Box):
         return observations(spec.obs), spaces.Box(-1.0, 1.0, action.shape, np.float32)
-    return observations(spec.obs), spaces.Discrete(action.num_values, dtype=np.int32)
+    return observations(spec.obs), spaces.Discrete(action.num_values)
 
 
 def draw(generator: np.random.Generator) -> np.uint32:
@@ -182,9 +189,11 @@ def on_host(tree: PyTree) -> Any:
 
 
 def fit_action(action: Any, space: spaces.Space) -> np.ndarray:
-    """`action` in the dtype of its space, clipped to a box. Raises UserError for what is not in it."""
+    """`action` as the environment takes it: clipped to a box, or int32. Raises UserError for what is not in `space`."""
     given = np.asarray(action)
     if isinstance(space, spaces.Box) and given.shape == space.shape:
         given = np.clip(given.astype(space.dtype), space.low, space.high)
+    elif np.issubdtype(given.dtype, np.integer):
+        given = given.astype(space.dtype)  # of any width: a policy may give its own
     require(space.contains(given), "action", action, f"in {space}")
-    return given.astype(space.dtype)
+    return given.astype(np.float32 if isinstance(space, spaces.Box) else np.int32)

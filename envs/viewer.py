@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -60,10 +61,18 @@ def poses(model: mujoco.MjModel, data: Sequence[Any]) -> list[tuple[Any, Any]]:
 def page(model: System | mujoco.MjModel, poses: Sequence[tuple[Any, Any]], seconds: float) -> str:
     """A page that plays `poses`, `seconds` apart: positions [bodies, 3], quaternions [bodies, 4], the world left out.
 
-    It loads brax's viewer and three.js from the network when it is looked at.
+    It loads brax's viewer and three.js from the network when it is looked at. Raises UserError for ellipsoids, which
+    that viewer does not draw.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that brax's physics is not kept up; it is not used here
-        sys = model if isinstance(model, System) else mjcf.load_model(model)
+        sys = model if isinstance(model, System) else mjcf.load_model(drawable(model))
     states = [SimpleNamespace(x=Transform(*map(np.asarray, pose))) for pose in poses]
     return html.render(sys.tree_replace({"opt.timestep": seconds}), states, height="100vh", colab=False)
+
+
+def drawable(model: mujoco.MjModel) -> mujoco.MjModel:
+    """A copy, in which brax may write. Raises UserError for what its viewer does not draw."""
+    if (model.geom_type == mujoco.mjtGeom.mjGEOM_ELLIPSOID).any():
+        raise UserError("brax's viewer draws no ellipsoids, which this model has: take a .mp4 instead of a .html.")
+    return copy.deepcopy(model)

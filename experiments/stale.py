@@ -21,8 +21,9 @@ from rlx.algorithms import ALGORITHMS
 from rlx.errors import UserError, require
 from rlx.study import Program, load, programs
 
-LOOP = ("rollout", "epoch", "training", "learners", "evaluation", "group")
-ALWAYS = (*(f"rlx/{name}.py" for name in LOOP), "envs/adapter.py", "envs/wrappers.py", "envs/physics")  # of every run
+LOOP = ("rollout", "epoch", "training", "learners", "evaluation", "group", "schedule", "compilation", "sharding")
+ALWAYS = (*(f"rlx/{name}.py" for name in LOOP), "envs/physics", "rlx/presets/default.toml")  # of every run
+SILENT = {"rlx.errors", "rlx.machine", "envs.viewer"}  # no number depends on them
 
 
 def stale(folder: Path, root: Path) -> list[str]:
@@ -59,14 +60,18 @@ def changed(root: Path, commit: str, files: Sequence[str]) -> dict[str, set[str]
 
 
 def sources(own: Iterable[Program], root: Path) -> list[str]:
-    """What decides the programs' numbers: their module and those it imports of rlx, the loop, environments, presets."""
-    found = set(ALWAYS)
+    """What decides the programs' numbers: their algorithm, their suite, what these import, the loop, presets."""
+    found, waiting = set(ALWAYS), set()
     for program in own:
-        module = file_of(ALGORITHMS.get(program.algorithm, program.algorithm), root)
-        found |= {module, *imported(root / module)}
         suite = program.env_reference.partition("/")[0]
         env = SUITES.get(suite, program.env_reference.partition(":")[0])
-        found |= {file_of(env, root), f"rlx/presets/{suite}.toml"}
+        both = (ALGORITHMS.get(program.algorithm, program.algorithm), env)
+        waiting |= {name for name in (file_of(module, root) for module in both) if (root / name).exists()}
+        found.add(f"rlx/presets/{suite}.toml")
+    while waiting:
+        file = waiting.pop()
+        found.add(file)
+        waiting |= {name for name in imported(root / file) if (root / name).exists()} - found
     return sorted(name for name in found if (root / name).exists())
 
 
@@ -77,13 +82,12 @@ def file_of(module: str, root: Path) -> str:
 
 
 def imported(file: Path) -> set[str]:
-    """Modules of rlx that a file imports by name; what is none does not exist as a file."""
+    """Modules of rlx and envs that a file imports by name; what is none does not exist as a file."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rlx":
-            names = [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
-            found |= {f"{name.replace('.', '/')}.py" for name in names}
-    return found - {"rlx/errors.py"}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("rlx", "envs"):
+            found |= {f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {f"{name.replace('.', '/')}.py" for name in found - SILENT}
 
 
 def golden_at(root: Path, commit: str, algorithm: str) -> str:

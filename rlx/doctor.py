@@ -91,7 +91,9 @@ def check_rendering() -> str:
     setting = f"MUJOCO_GL={chosen}" if chosen else "MUJOCO_GL is not set"
     if chosen in ("off", "disable", "disabled", "0", "false"):
         return f"{setting}: no videos"
-    ways = [chosen] if chosen in OFFSCREEN else list(OFFSCREEN)
+    if chosen and chosen not in OFFSCREEN:
+        return f"{setting}: draws where there is a screen"
+    ways = [chosen] if chosen else list(OFFSCREEN)
     found = [way for way in ways if draws(way)]
     if not found:
         return f"{setting}; {' and '.join(ways)} cannot draw here: training works, videos may not. {DRAWING}"

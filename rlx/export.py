@@ -1,4 +1,4 @@
-"""Policies for others: a function in StableHLO (`jax.export`) that jax alone can call, and what its numbers mean.
+"""Policies for others: a function in StableHLO that takes jax and flatbuffers alone, and what its numbers mean.
 
     import json, jax, numpy as np
     act = jax.export.deserialize(bytearray(open("policy/policy.stablehlo", "rb").read())).call
@@ -31,6 +31,7 @@ from rlx.run_directory import write_atomically
 from rlx.types import Box, PyTree, Spec
 
 FORMAT = 1
+ACTING = ("greedy", "sample")  # modes in which nothing is explored
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FILES = ("policy.stablehlo", "policy.json")
 
@@ -56,10 +57,11 @@ def export_policy(
         record: more entries for policy.json.
         overwrite: replaces a policy that `folder` already holds.
 
-    Raises UserError for platforms that jax does not know, and a folder that holds a policy.
+    Raises UserError for another mode, platforms that jax does not know, and a folder that holds a policy.
     """
     target = Path(folder)
     check_target(target, platforms, overwrite)
+    require(mode in ACTING, "mode", mode, " or ".join(ACTING))
     memory = algorithm.memory(jax.random.key(0))
     inputs = named("obs", spec.obs) | named("memory", memory)
     (batch,) = jax.export.symbolic_shape("batch")
@@ -68,7 +70,7 @@ def export_policy(
 
     def call(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         obs, before = (like(tree, name, inputs) for name, tree in (("obs", spec.obs), ("memory", memory)))
-        key = jax.random.wrap_key_data(inputs["key"]) if mode == "sample" else jax.random.key(0)
+        key = jax.random.wrap_key_data(inputs["key"], impl="threefry2x32") if mode == "sample" else jax.random.key(0)
         after, action, _ = algorithm.act(policy, before, obs, key, mode)
         return {"action": jax.vmap(partial(native, spec))(action)} | named("memory", after)
 
@@ -80,9 +82,9 @@ def export_policy(
         | ({"initial": initial[name]} if name in initial else {})
         for name, x in inputs.items()
     ]
-    about: dict[str, Any] = {"format": FORMAT, "mode": mode, "platforms": list(platforms), "inputs": entries}
+    about: dict[str, Any] = {**(record or {}), "format": FORMAT, "needs": ["jax", "flatbuffers"], "mode": mode}
+    about |= {"platforms": list(platforms), "inputs": entries}
     about |= {"action": about_action(spec), "sha256": hashlib.sha256(data).hexdigest(), "versions": versions()}
-    about |= record or {}
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / FILES[0], data)
     write_atomically(target / FILES[1], json.dumps(about, indent=1) + "\n")
@@ -91,12 +93,12 @@ def export_policy(
 
 def check_target(folder: Path, platforms: Sequence[str], overwrite: bool) -> None:
     """Raises UserError for platforms that jax does not know, and a folder that holds a policy or is none."""
-    for platform in platforms or ("",):
-        require(platform in PLATFORMS, "--platforms", platform, f"some of {', '.join(PLATFORMS)}")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is no folder.")
+    known = not isinstance(platforms, str) and platforms and set(platforms) <= set(PLATFORMS)
+    require(bool(known), "platforms", platforms, f"some of {', '.join(PLATFORMS)}")
+    is_folder = folder.is_dir() or not folder.exists()
+    require(is_folder, "folder", str(folder), "a folder, or a name that nothing has yet")
     if any((folder / name).exists() for name in FILES) and not overwrite:
-        raise UserError(f"{str(folder)!r} already holds a policy: name another folder, or --overwrite.")
+        raise UserError(f"{str(folder)!r} already holds a policy: name another folder, or overwrite it.")
 
 
 def named(name: str, tree: PyTree) -> dict[str, Any]:
@@ -121,13 +123,16 @@ def native(spec: Spec, action: jax.Array) -> jax.Array:
     if not isinstance(spec.action, Box):
         return action
     low, high = bounds(spec.action)
-    return (low + high) / 2 + (high - low) / 2 * action
+    return jnp.clip((low + high) / 2 + (high - low) / 2 * action, low, high)  # roundings may pass a bound
 
 
 def about_action(spec: Spec) -> dict[str, Any]:
     """What the output `action` is."""
+    about: dict[str, Any] = {"shape": list(spec.action.shape)}
+    about |= {"repeat": spec.action_repeat // spec.action_chunk, "chunk": spec.action_chunk}
+    if spec.action_mask is not None:
+        about["mask"] = np.asarray(spec.action_mask).tolist()  # of entries, or of values, that an agent has
     if not isinstance(spec.action, Box):
-        return {"shape": list(spec.action.shape), "dtype": "int32", "num_values": spec.action.num_values}
+        return about | {"dtype": "int32", "num_values": spec.action.num_values}
     low, high = (x.tolist() for x in bounds(spec.action))
-    about = {"shape": list(spec.action.shape), "dtype": "float32", "low": low, "high": high}
-    return about | {"repeat": spec.action_repeat // spec.action_chunk, "chunk": spec.action_chunk}
+    return about | {"dtype": "float32", "low": low, "high": high}

@@ -54,6 +54,7 @@ def evaluate_gymnasium(
         UserError: a task that does not exist, that lacks a package, that does not fit, or that has no limit.
     """
     require(num_episodes >= 1, "num_episodes", num_episodes, "at least 1")
+    require(mode in ("greedy", "sample"), "mode", mode, "greedy or sample")
     require(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2^32 - 1")
     require(max_decisions >= 0, "max_decisions", max_decisions, "at least 0")
     with contextlib.ExitStack() as stack:
@@ -118,7 +119,7 @@ def make(task: Task) -> gymnasium.Env:
         raise unknown("Gymnasium's task", task, gymnasium.registry) from error
     except (Error, ImportError) as error:  # most name the package that is missing
         module = getattr(error, "name", None)
-        hint = f"; for {module} pip install 'gymnasium[mujoco]'" if module else ""
+        hint = "; pip install 'gymnasium[mujoco]' has it" if module in ("mujoco", "imageio", "packaging") else ""
         raise UserError(f"Gymnasium's {task} cannot be made: {str(error).rstrip('.')}{hint}.") from error
 
 

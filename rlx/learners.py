@@ -23,13 +23,13 @@ from rlx.sharding import without_past
 from rlx.types import Discrete, PyTree, Spec
 
 
-def tuned(env: str, algorithm: Any) -> tuple[TrainConfig, Any]:
-    """The settings that ship for a module of `rlx.algorithms` on the environment of this name (`rlx/presets/`).
+def tuned(env: Environment, algorithm: Any) -> tuple[TrainConfig, Any]:
+    """The settings that ship for a module of `rlx.algorithms` on this environment (`rlx/presets/`), found by its name.
 
     As `rlx train` merges them, but for overrides of the environment; the defaults where none ship. Change them with
     `dataclasses.replace`.
     """
-    layers = [("preset", settings.preset(env, algorithm.__name__.rpartition(".")[2]))]
+    layers = [("preset", settings.preset(env.spec.name, algorithm.__name__.rpartition(".")[2]))]
     merged = settings.merge(TrainConfig, algorithm.Config, layers)
     own = settings.build(algorithm.Config, settings.values(merged, "algo."))
     return settings.build(TrainConfig, settings.values(merged)), own

@@ -88,4 +88,8 @@ def draws(way: str) -> bool:
     """Whether MuJoCo can draw in this way here, found out in a process of its own in a second or two."""
     code = f"import mujoco.{way} as gl; gl.GLContext(8, 8).make_current()"
     environment = os.environ | {"MUJOCO_GL": way}
-    return not subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode
+    try:
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    except subprocess.TimeoutExpired:  # a driver may hang
+        return False
+    return not done.returncode

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from rlx.algorithm import Data
+from rlx.algorithm import Data, Policy
 from rlx.environment import Environment
 from rlx.errors import require
 from rlx.logging import Progress
@@ -17,14 +17,23 @@ from rlx.machine import commit, usable_cores, versions
 from rlx.run_directory import RunDirectory, write_atomically
 from rlx.schedule import Schedule
 
+GIVEN = "a policy given in Python"  # what such a run started from: nothing else has it
+
 
 def describe(
-    algorithm: Any, env: Environment, train_config: Any, config: Any, schedule: Schedule, data: Data | None = None
+    algorithm: Any,
+    env: Environment,
+    train_config: Any,
+    config: Any,
+    schedule: Schedule,
+    data: Data | None = None,
+    init_policy: Policy | None = None,
 ) -> dict[str, Any]:
     """What config.json holds of a run that is begun from Python; the command line adds what builds own work again."""
     return {
         **rebuilding(algorithm, env),
         **({"data": data.record} if data else {}),
+        **({} if init_policy is None else {"from": GIVEN}),
         "algorithm": getattr(algorithm, "__name__", type(algorithm).__name__).rpartition(".")[2],
         "env": env.spec.name or type(env).__name__,
         "physics": env.spec.physics or "auto",  # as the command line calls it where there is no choice
@@ -51,7 +60,7 @@ def rebuilding(algorithm: Any, env: Environment) -> dict[str, Any]:
     """
     ships = getattr(algorithm, "__name__", "").startswith("rlx.algorithms.")
     overrides = getattr(env, "made", None)  # by `envs.make`, of that very object
-    if not ships or overrides is None or any(":" in str(value) for value in overrides.values()):
+    if not ships or overrides is None or any(isinstance(value, str) and ":" in value for value in overrides.values()):
         return {}
     try:
         return {"env_overrides": json.loads(json.dumps(overrides)), "files": {}}

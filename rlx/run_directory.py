@@ -18,7 +18,9 @@ from rlx.machine import versions
 
 FORMAT = 1  # of config.json
 FAILED = "failed.json"  # of a run among many that met a NaN or an infinity: step, error
-OWN_FILES = ("config.json", "metrics.jsonl", "tensorboard", "wandb", "checkpoints", "eval.json", "curve.png", FAILED)
+ON_GYMNASIUM = "eval_gymnasium.json"  # as eval.json, of one of Gymnasium's tasks
+OWN_FILES = tuple("config.json metrics.jsonl tensorboard wandb checkpoints eval.json curve.png".split())
+OWN_FILES += (ON_GYMNASIUM, FAILED)
 FINISHED = "finished.json"  # in the folder of a sweep's or a study's program, once nothing of it is left to run
 RUNS = "runs.json"  # in a folder of many runs: their names
 

@@ -134,7 +134,7 @@ def train(
     require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the run")
     progress = progress or Progress(quiet=not is_first())
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
-    description = describe(algorithm, env, train_config, config, schedule, data) | dict(record or {})
+    description = describe(algorithm, env, train_config, config, schedule, data, init_policy) | dict(record or {})
     directory = None
     run_dir = None if run_dir is None else storage.fetch(run_dir)
     if run_dir is not None and resume:
@@ -222,7 +222,8 @@ def train_many(
     progress = progress or Progress()
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
     descriptions = {
-        name: describe(algorithm, env, *runs[name], schedule, data) | dict(records.get(name, {})) for name in names
+        name: describe(algorithm, env, *runs[name], schedule, data, init_policy) | dict(records.get(name, {}))
+        for name in names
     }
     directories = []
     run_dir = None if run_dir is None else storage.fetch(run_dir)

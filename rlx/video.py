@@ -5,11 +5,14 @@ In a notebook: `IPython.display.Video("a.mp4", embed=True)`.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,10 @@ FORMATS = tuple(FASTEST)  # an .mp4 loses a little, a .gif all but 256 colours a
 
 def check_video(path: str | Path, fps: float) -> None:
     """Raises UserError for a file that no video can be written to, and a pace that it cannot have."""
-    require(Path(path).suffix in FORMATS, "--video", str(path), f"it ends in {', '.join(FORMATS)}")
-    require(Path(path).absolute().parent.is_dir(), "--video", str(path), "the folder does not exist")
+    require(Path(path).suffix in FORMATS, "video", str(path), f"it ends in {', '.join(FORMATS)}")
+    require(Path(path).absolute().parent.is_dir(), "video", str(path), "the folder does not exist")
     fastest = FASTEST[Path(path).suffix]
-    require(0 < fps <= fastest, "--fps", fps, f"above 0, and at most {fastest} in a {Path(path).suffix}")
+    require(0 < fps <= fastest, "fps", fps, f"above 0, and at most {fastest} in a {Path(path).suffix}")
 
 
 def choose_gl() -> None:
@@ -49,12 +52,18 @@ def choose_gl() -> None:
         os.environ |= {"MUJOCO_GL": way} if way else {}
 
 
-def film(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int) -> np.ndarray:
-    """Frames [F, H, W, 3] uint8 of the first episodes of an evaluation, one behind the other: each from its reset to
-    its ending. Raises UserError where the environment cannot be drawn.
+def check_drawn(env: Environment, path: str | Path) -> None:
+    """Draws a first state. Raises UserError where an environment cannot be drawn, or not into such a file."""
+    state, _ = jax.jit(env.reset)(jax.random.key(0), env.spec.params)
+    render(env, [jax.device_get(state)], page=Path(path).suffix == ".html")
+
+
+def film(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int) -> Iterator[np.ndarray]:
+    """Frames [H, W, 3] uint8 of the first episodes of an evaluation, one behind the other: each from its reset to its
+    ending. They are drawn as they are asked for, an episode at a time. Raises UserError where there is nothing to draw.
     """
-    episodes = play(env, player, policy, key, num_episodes)
-    return np.concatenate([np.asarray(render(env, states), np.uint8) for states in episodes])
+    for states in play(env, player, policy, key, num_episodes):
+        yield from np.asarray(render(env, states), np.uint8)
 
 
 def page(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int) -> str:
@@ -83,28 +92,38 @@ def play(
         now = advance(policy, now)
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Writes frames [F, H, W, 3] uint8: an .mp4 (H.264), or an animated picture that begins anew at its end."""
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
+    """Writes frames [H, W, 3] uint8: an .mp4 (H.264), or an animated picture that begins anew at its end.
+
+    Raises UserError where ffmpeg fails.
+    """
     suffix = Path(path).suffix
     data = _mp4(frames, fps) if suffix == ".mp4" else _picture(frames, fps, suffix)
     write_atomically(Path(path).absolute(), data)
 
 
-def _mp4(frames: np.ndarray, fps: float) -> bytes:
+def _mp4(frames: Iterable[np.ndarray], fps: float) -> bytes:
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")  # for x264
-    _, height, width, _ = even.shape
+    frames = iter(frames)
+    first = next(frames)
+    height, width, _ = first.shape
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "a.mp4"
+        target, said = Path(folder) / "a.mp4", Path(folder) / "errors"
         source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
+        even = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"]  # x264 takes no odd sizes
         coded = "-c:v libx264 -crf 18 -pix_fmt yuv420p -movflags +faststart".split()  # as browsers play it
-        command = [get_ffmpeg_exe(), "-loglevel", "error", *source, *coded, str(target)]
-        subprocess.run(command, input=even.tobytes(), check=True)
+        command = [get_ffmpeg_exe(), "-loglevel", "error", *source, *even, *coded, str(target)]
+        with said.open("wb") as errors, subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors) as process:
+            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # type: ignore[union-attr]
+                for frame in itertools.chain([first], frames):
+                    pipe.write(frame.tobytes())
+        if process.returncode:
+            raise UserError(f"ffmpeg cannot write this video: {said.read_text().strip()}")
         return target.read_bytes()
 
 
-def _picture(frames: np.ndarray, fps: float, suffix: str) -> bytes:
+def _picture(frames: Iterable[np.ndarray], fps: float, suffix: str) -> bytes:
     from PIL import Image
 
     first, *others = (Image.fromarray(frame) for frame in frames)
@@ -112,7 +131,7 @@ def _picture(frames: np.ndarray, fps: float, suffix: str) -> bytes:
     options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     # Each frame ends at the nearest tick that the format has: what a duration is rounded by does not add up.
     tick = 10 if suffix == ".gif" else 1
-    durations = tick * np.diff(np.rint(np.arange(len(frames) + 1) * 1000 / fps / tick).astype(int))
+    durations = tick * np.diff(np.rint(np.arange(len(others) + 2) * 1000 / fps / tick).astype(int))
     options |= {"save_all": True, "append_images": others, "duration": durations.tolist(), "loop": 0}
     first.save(buffer, format=suffix[1:], **options)
     return buffer.getvalue()

@@ -131,11 +131,11 @@ def test_a_folder_called_envs_in_the_working_directory_hides_nothing(tmp_path):
         (["evaluate", "nowhere", "--episodes", "0"], "--episodes = 0 is not possible"),
         (
             ["evaluate", "nowhere", "--video", "a.avi"],
-            "--video = 'a.avi' is not possible: it ends in .mp4, .gif, .png, .webp, .html",
+            "video = 'a.avi' is not possible: it ends in .mp4, .gif, .png, .webp, .html",
         ),
         (["evaluate", "nowhere", "--video", "no/a.gif"], "no/a.gif' is not possible: the folder does not exist"),
         (["evaluate", "nowhere", "--video", "a.gif", "--video-episodes", "129"], "from 1 to the 128 episodes"),
-        (["evaluate", "nowhere", "--video", "a.gif", "--fps", "0"], "--fps = 0.0 is not possible"),
+        (["evaluate", "nowhere", "--video", "a.gif", "--fps", "0"], "fps = 0.0 is not possible"),
         (["evaluate"], "required: run_dir"),
         (["collect", "nowhere", "--steps", "5", "--out", "a.npz"], "nowhere' does not exist"),
         (["collect", "nowhere", "--steps", "5", "--out", "a.txt"], "is an .npz file; 'a.txt' is none"),

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--total-steps", "512", "--num-envs", "8", "--unroll-length", "16", "--num-evals", "1", "--quiet"]
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 HEAVY = ("playground/", "brax/", "multi_")  # suites that take seconds to import or build
+DRAWN = " │┌└├"  # the first characters of a picture's lines, and of what goes on
 NOT_RUN = "<!-- not run: "  # stands above a fence, with the reason
 FENCE = re.compile(rf"^({NOT_RUN}.+ -->\n)?```(\w*)\n(.*?)^```", re.S | re.M)
 
@@ -30,9 +31,15 @@ def blocks(document: str) -> list[str]:
 def commands(document: str) -> list[str]:
     """The commands in a document's fences, but for those that a comment says are not run; of inline ones, scripts."""
     text = (ROOT / document).read_text()
-    fences = [code for mark, language, code in FENCE.findall(text) if not (mark or language)]
-    lines = [line for code in fences for line in code.splitlines() if re.match(r"(rlx|python|make|pip) ", line)]
-    return [line.partition(" #")[0].strip() for line in lines] + re.findall(r"`(python experiments/[^`]+)`", text)
+    fences = [code for mark, language, code in FENCE.findall(text) if not mark and language in ("", "bash", "sh")]
+    lines = [line for code in fences for line in code.splitlines() if line.strip() and line[0] not in DRAWN]
+    inline = re.findall(r"`((?:python experiments/|rlx [a-z]+ )[^`]+)`", FENCE.sub("", text))
+    return [line.partition(" #")[0].strip() for line in lines] + [line for line in inline if not is_pattern(line)]
+
+
+def is_pattern(line: str) -> bool:
+    """Whether a command stands for many: it has words in capitals to fill in, files of one's own, or goes on."""
+    return bool(re.search(r"\b[A-Z][A-Z_]{2,}\b|\.\.\.|\b[A-Z]\b|\bmy_", line))
 
 
 COMMANDS = sorted({line for document in DOCUMENTS for line in commands(document)})

@@ -1,4 +1,4 @@
-"""Exported policies: the same actions from jax alone, in the environment's own units."""
+"""Exported policies: the same actions without rlx, in the environment's own units."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_what_a_policy_remembers_goes_in_as_it_came_out(tmp_path):
         inputs |= {name: x for name, x in found.items() if name.startswith("memory")}
         np.testing.assert_array_equal(found["action"], expected)
         np.testing.assert_allclose(found["memory"], memory, atol=1e-5)
-    assert about["action"] == {"shape": [], "dtype": "int32", "num_values": 2}
+    assert (about["action"]["dtype"], about["action"]["num_values"]) == ("int32", 2)
 
 
 def test_native_bounds_of_each_entry_are_met():
@@ -96,6 +96,7 @@ def test_the_command_exports_a_run_and_jax_alone_calls_it_as_documented(tmp_path
     assert cli.main(["export", "run", "--out", "policy"]) == 0, capsys.readouterr().err
     about = json.loads(Path("policy/policy.json").read_text())
     assert (about["env"], about["step"], about["action"]["high"]) == ("gymnax/Pendulum-v1", 512, [2.0])
+    assert about["env_overrides"] == {} and about["needs"] == ["jax", "flatbuffers"]
     assert cli.main(["export", "run", "--out", "policy"]) == 2
     assert "already holds a policy" in capsys.readouterr().err
     assert cli.main(["export", "run", "--out", "policy", "--overwrite"]) == 0
@@ -108,8 +109,21 @@ def test_the_command_exports_a_run_and_jax_alone_calls_it_as_documented(tmp_path
 def test_what_cannot_be_exported_is_refused(tmp_path):
     env = envs.make("gymnax/CartPole-v1")
     algorithm, policy = built("ppo", env)
-    with pytest.raises(UserError, match="--platforms = 'gpu' .* cpu, cuda, rocm, tpu"):
+    with pytest.raises(UserError, match=r"platforms = \['gpu'\] .* cpu, cuda, rocm, tpu"):
         export_policy(tmp_path, env.spec, algorithm, policy, platforms=["gpu"])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="folder = .*file' is not possible"):
         export_policy(tmp_path / "file", env.spec, algorithm, policy)
+    for mode in ("gredy", "explore"):
+        with pytest.raises(UserError, match=f"mode = '{mode}' is not possible: greedy or sample"):
+            export_policy(tmp_path, env.spec, algorithm, policy, mode)
+
+
+def test_the_metadata_of_an_action_say_how_it_is_played():
+    repeated = envs.make("gymnax/CartPole-v1", action_repeat=3).spec
+    found = {"shape": [], "repeat": 3, "chunk": 1, "dtype": "int32", "num_values": 2}
+    assert export.about_action(repeated) == found
+    team = export.about_action(envs.make("particle/simple_speaker_listener").spec)
+    assert np.asarray(team["mask"]).shape == tuple(team["shape"]) and not np.asarray(team["mask"]).all()
+    chunked = export.about_action(envs.make("gymnax/Pendulum-v1", action_chunk=4).spec)
+    assert (chunked["shape"], chunked["chunk"], chunked["repeat"], chunked["high"]) == ([4], 4, 1, [2.0] * 4)

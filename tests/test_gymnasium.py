@@ -135,8 +135,22 @@ def test_frames_are_drawn_on_request():
     assert frame.shape == (4, 6, 3) and frame.dtype == np.uint8 and (frame == 1).all()
     assert envs.to_gymnasium(Drawn(3)).render() is None
     many = envs.to_gymnasium_vector(Drawn(3), 2, render_mode="rgb_array")
+    for fresh in (many, envs.to_gymnasium(Drawn(3), render_mode="rgb_array")):
+        with pytest.raises(gymnasium.error.ResetNeeded):
+            fresh.render()
     many.reset(seed=0)
     assert [frame.max() for frame in many.render()] == [0, 0]
+
+
+def test_whole_numbers_of_any_width_are_actions():
+    world = Counter(50, action=Discrete(3))
+    one = begun(world)
+    for action in (1, np.int64(1), np.uint8(1), np.array(1), jnp.int32(1)):
+        assert not one.step(action)[2]
+    many = envs.to_gymnasium_vector(world, 2)
+    many.reset(seed=0)
+    for actions in ([0, 2], np.array([0, 2]), np.array([0, 2], np.uint8), many.action_space.sample()):
+        assert many.step(actions)[1].shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +163,7 @@ def test_frames_are_drawn_on_request():
         (lambda: begun(Counter()).step(np.zeros(2)), r"action = array.* in Box\(-1.0, 1.0, \(1,\)"),
         (lambda: begun(Counter()).step(np.full(1, np.nan)), "action"),
         (lambda: begun(Counter(action=Discrete(3))).step(3), r"action = 3 .* in Discrete\(3"),
+        (lambda: begun(Counter(action=Discrete(3))).step(-1), r"action = -1 .* in Discrete\(3"),
         (lambda: begun(Counter(action=Discrete(3))).step(1.5), r"action = 1.5 .* in Discrete\(3"),
         (lambda: begun(Counter(), render_mode="rgb_array").render(), "Counter cannot be rendered"),
     ],
@@ -288,7 +303,12 @@ def test_a_task_that_does_not_fit_is_refused_with_what_both_have(task, spec, mes
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_episodes": 0}, "num_episodes = 0"), ({"seed": -1}, "seed = -1"), ({"max_decisions": -1}, "at least 0")],
+    [
+        ({"num_episodes": 0}, "num_episodes = 0"),
+        ({"mode": "gredy"}, "mode = 'gredy'"),
+        ({"seed": -1}, "seed = -1"),
+        ({"max_decisions": -1}, "at least 0"),
+    ],
 )
 def test_numbers_that_make_no_evaluation_are_refused(options, message):
     with pytest.raises(UserError, match=message):
@@ -298,7 +318,7 @@ def test_numbers_that_make_no_evaluation_are_refused(options, message):
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "gymnasium.envs.mujoco.mujoco_rendering", raising=False)
     monkeypatch.setitem(sys.modules, "imageio", None)
-    with pytest.raises(UserError, match=r"imageio.*pip install 'gymnasium\[mujoco\]'"):
+    with pytest.raises(UserError, match=r"imageio.*pip install 'gymnasium\[mujoco\]' has it"):
         rlx.evaluate_gymnasium("InvertedPendulum-v5", FOUR, CENTRE, (), 1)
 
 

@@ -189,7 +189,7 @@ def test_memory_solves_what_a_feedforward_policy_cannot():
 def test_fpo_keeps_two_modes_of_which_a_gaussian_takes_one(name):
     """With the presets, five seeds in one program: `rlx train fpo probe/two_modes --num-seeds 5`."""
     module, env = importlib.import_module(ALGORITHMS[name]), envs.make("probe/two_modes")
-    train_config, config = tuned("probe/two_modes", module)
+    train_config, config = tuned(env, module)
     wanted = {str(seed): (dataclasses.replace(train_config, seed=seed), config) for seed in range(5)}
     algorithm = module.make(config, env.spec, make_schedule(env, train_config).plan)
     for run in train_many(env, module, wanted, progress=Progress(quiet=True)).values():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlx import external
+from rlx.study import load, programs
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = external.load_file(ROOT / "experiments" / "results_table.py")
@@ -45,8 +46,10 @@ def test_documents_show_what_the_reports_hold(name):
 
 
 def test_every_study_with_a_small_report_is_shown():
-    names = {path.parts[-4] for path in ROOT.glob("experiments/*/report/small/results.json")}
-    assert {folder.parts[-3] for folder in SCRIPT.reports(ROOT)} == names
+    for path in ROOT.glob("experiments/*/report/small/results.json"):
+        study = path.parts[-4]
+        assert f"[{study}](experiments/{study}/README.md)" in (ROOT / "README.md").read_text()
+        assert f"`rlx reproduce {study} --size small`" in (ROOT / "docs/results.md").read_text()
     assert SCRIPT.reports(ROOT)[0].parts[-3] == "ppo_dm_control"
 
 
@@ -129,3 +132,13 @@ def test_what_changed_since_the_runs_is_listed(tree, capsys):
     results(tree).write_text(json.dumps(content))
     assert STALE.main() == 2
     assert "git log" in capsys.readouterr().err
+
+
+def test_what_decides_numbers_is_found_through_the_modules_between():
+    def sources(name):
+        study, place = load(str(ROOT / "experiments" / name))
+        return STALE.sources(programs(study, "small", place), ROOT)
+
+    assert {"rlx/returns.py", "rlx/distributions.py", "rlx/presets/default.toml"} <= set(sources("ppo_basics"))
+    assert {"envs/particle_tasks.py", "rlx/off_policy.py", "rlx/replay.py"} <= set(sources("hasac"))
+    assert not {"rlx/logging.py", "rlx/plotting.py", "rlx/errors.py", "rlx/replay.py"} & set(sources("ppo_basics"))

@@ -15,13 +15,14 @@ import pytest
 from PIL import Image
 
 from envs import viewer
+from envs.wrappers import ActionRepeat
 from rlx import video
 from rlx.algorithm import Plan
 from rlx.environment import render
 from rlx.evaluation import make_evaluate, make_player
 from rlx.machine import OFFSCREEN, draws
 from rlx.types import UserError
-from rlx.video import check_video, choose_gl, film, write_video
+from rlx.video import check_drawn, check_video, choose_gl, film, write_video
 from tests.worlds import Counter, constant_algorithm
 
 COLOURS = np.array([[0, 0, 0], [200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)
@@ -46,7 +47,7 @@ def test_the_episodes_of_an_evaluation_are_drawn_from_their_reset_to_their_end()
     algorithm = constant_algorithm(Plan(1, 1, 1))
     policy = algorithm.init(KEY)
     result = make_evaluate(Drawn(3), algorithm, 8, "sample")(policy, KEY)
-    frames = film(Drawn(3), make_player(Drawn(3), algorithm, 8, "sample", 0, None), policy, KEY, 4)
+    frames = np.stack(list(film(Drawn(3), make_player(Drawn(3), algorithm, 8, "sample", 0, None), policy, KEY, 4)))
     times = [t for length in result.lengths[:4].astype(int).tolist() for t in range(length + 1)]
     assert {1.0, 3.0} == set(result.lengths[:4].tolist())
     np.testing.assert_array_equal(frames[:, 0, 0], COLOURS[times])
@@ -57,7 +58,12 @@ def test_an_environment_that_cannot_be_drawn_says_so():
     algorithm = constant_algorithm(Plan(1, 1, 1))
     player = make_player(Counter(3), algorithm, 2, "greedy", 0, None)
     with pytest.raises(UserError, match="Counter cannot be rendered"):
-        film(Counter(3), player, algorithm.init(KEY), KEY, 1)
+        next(film(Counter(3), player, algorithm.init(KEY), KEY, 1))
+    with pytest.raises(UserError, match="Counter cannot be rendered"):
+        check_drawn(ActionRepeat(Counter(3), 2), "a.mp4")
+    with pytest.raises(UserError, match="has no viewer in HTML"):
+        check_drawn(ActionRepeat(Drawn(3), 2), "a.html")
+    check_drawn(ActionRepeat(Drawn(3), 2), "a.mp4")
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".png", ".webp"])
@@ -98,7 +104,7 @@ def test_a_pace_that_the_format_cannot_hold_is_that_of_the_whole_film(tmp_path, 
 
 @pytest.mark.parametrize(("suffix", "fps", "most"), [(".gif", 60.0, 50), (".png", 2000.0, 1000), (".gif", 0.0, 50)])
 def test_a_pace_beyond_the_format_is_refused(suffix, fps, most):
-    with pytest.raises(UserError, match=f"--fps = {fps} .*above 0, and at most {most}"):
+    with pytest.raises(UserError, match=f"fps = {fps} .*above 0, and at most {most}"):
         check_video(f"a{suffix}", fps)
 
 
@@ -117,7 +123,7 @@ def test_keys_in_a_state_are_no_obstacle():
 
     algorithm = constant_algorithm(Plan(1, 1, 1))
     player = make_player(Keyed(2), algorithm, 2, "greedy", 0, None)
-    assert film(Keyed(2), player, algorithm.init(KEY), KEY, 1).shape[1:] == (4, 4, 3)
+    assert next(film(Keyed(2), player, algorithm.init(KEY), KEY, 1)).shape == (4, 4, 3)
     assert jnp.issubdtype(player.begin(algorithm.init(KEY), KEY).env[1].dtype, jax.dtypes.prng_key)
 
 
@@ -132,6 +138,24 @@ def test_an_mp4_holds_every_frame_at_its_pace_in_even_sizes(tmp_path):
     for found, frame in zip(read, frames, strict=True):
         found = np.frombuffer(found, np.uint8).reshape(36, 40, 3)[:35].astype(int)
         assert np.abs(found[:, 2:17] - frame[:, 2:17]).mean() < 12  # colours of four pixels together, and rounded
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_what_ffmpeg_refuses_is_told(tmp_path):
+    with pytest.raises(UserError, match="ffmpeg cannot write this video: .+"):
+        write_video(tmp_path / "a.mp4", np.zeros((1, 2, 20_000, 3), np.uint8), fps=10.0)  # wider than H.264 takes
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_of_bodies_leaves_the_model_as_it_was_and_refuses_ellipsoids():
+    body = "<body><joint name='a' type='hinge' {}/><geom type='{}' size='.1 .1 .1'/></body>"
+    xml = f"<mujoco><worldbody>{body}</worldbody></mujoco>"
+    model = mujoco.MjModel.from_xml_string(xml.format("limited='false'", "sphere"))
+    before = model.jnt_range.copy()
+    assert "<html" in viewer.page(model, viewer.poses(model, []), 0.1).lower()
+    np.testing.assert_array_equal(model.jnt_range, before)
+    with pytest.raises(UserError, match="ellipsoids, which this model has"):
+        viewer.page(mujoco.MjModel.from_xml_string(xml.format("", "ellipsoid")), [], 0.1)
 
 
 def test_what_has_no_viewer_says_so():

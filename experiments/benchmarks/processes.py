@@ -52,7 +52,7 @@ def work(options: argparse.Namespace) -> None:
         distributed.start(f"localhost:{port}", count, index)
     devices = len(jax.devices())
     env = envs.make(options.env)
-    train, config = tuned(options.env, ppo)
+    train, config = tuned(env, ppo)
     sizes = {"num_envs": options.num_envs * devices, "num_groups": devices, "num_devices": devices, "split": "envs"}
     train = dataclasses.replace(train, **sizes, iterations_per_epoch=options.iterations, num_evals=0)
     train = dataclasses.replace(train, total_steps=10**9)

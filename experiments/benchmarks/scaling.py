@@ -46,7 +46,7 @@ def compiled_iteration(env_name: str, num_envs: int, num_devices: int) -> dict[s
     from rlx.schedule import make_schedule
 
     env = envs.make(env_name, physics="mjx") if env_name.startswith(("playground/", "brax/")) else envs.make(env_name)
-    train, config = tuned(env_name, ppo)
+    train, config = tuned(env, ppo)
     groups = math.gcd(num_envs, 256)
     sizes = {"num_envs": num_envs, "num_groups": groups, "num_devices": num_devices, "iterations_per_epoch": 1}
     train = dataclasses.replace(train, **sizes, num_evals=0)

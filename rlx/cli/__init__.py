@@ -36,7 +36,7 @@ usage: rlx COMMAND ...
   evaluate RUN_DIR [...]       play whole episodes with a run's policy
   collect RUN_DIR... [...]     roll policies out into a data set, for `rlx train bc ENV --data FILE`
   plot RUN_DIR... --out FILE   draw learning curves
-  export RUN_DIR --out FOLDER  write the policy as a function that jax alone can call
+  export RUN_DIR --out FOLDER  write the policy as a function that needs no rlx
   list envs|algorithms         what there is
   benchmark ENV [ALGORITHM]    steps/s, compile time and memory on every physics engine
   doctor                       what this machine has, and what each missing piece costs

@@ -11,7 +11,7 @@ from rlx import storage
 from rlx.cli.pairs import load_run, settings_of
 from rlx.errors import require
 from rlx.logging import Progress
-from rlx.run_directory import FAILED, RunDirectory, run_directories, write_atomically
+from rlx.run_directory import FAILED, ON_GYMNASIUM, RunDirectory, run_directories, write_atomically
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -21,12 +21,17 @@ def evaluate(arguments: list[str]) -> int:
         from rlx.video import check_video, choose_gl
 
         check_video(options.video, options.fps)
-        choose_gl()
+        if not options.video.endswith(".html"):
+            choose_gl()
     with Progress() as shown:
         with shown.phase("building"):
             members = run_directories(storage.fetch(options.run_dir))
             require(len(members) == 1 or not options.video, "--video", options.video, "it takes one run at a time")
             evaluation = Evaluation(options, members[0])
+            if options.video:
+                from rlx.video import check_drawn
+
+                check_drawn(evaluation.run.env, options.video)
         for path in members:
             name = f"{path.name}: " if len(members) > 1 else ""
             if name and (path / FAILED).exists():
@@ -54,6 +59,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--fps", type=float, default=20.0, help="decisions a second of the video (20)")
     options = parser.parse_args(arguments)
     require(options.episodes >= 1, "--episodes", options.episodes, "at least 1")
+    if options.gymnasium:
+        require(not options.physics, "--physics", options.physics, "nothing beside --gymnasium, which has its own")
     if options.video:
         allowed = "nothing beside --gymnasium: it draws the run's own environment"
         require(not options.gymnasium, "--video", options.video, allowed)
@@ -113,7 +120,7 @@ class Evaluation:
         entry = {"step": step, "mode": self.mode, "seed": seed, "best": self.options.best}
         entry |= {"task": task} if task else {"physics": self.run.env.spec.physics or self.run.pair.physics}
         if task or self.mode == self.run.train_config.eval_mode:
-            target = path / ("eval_gymnasium.json" if task else "eval.json")
+            target = path / (ON_GYMNASIUM if task else "eval.json")
             write_atomically(target, json.dumps(entry | episodes(result)) + "\n")
             storage.put(target)
         print(f"{name}step {step:,}{f' on {task}' if task else ''}: {summary(result)}")

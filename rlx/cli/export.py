@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rlx import storage
 from rlx.cli.pairs import load_run
+from rlx.errors import require
 from rlx.logging import Progress
-from rlx.run_directory import RunDirectory
+from rlx.run_directory import run_directories
 
 
 def export(arguments: list[str]) -> int:
     """`rlx export RUN_DIR --out FOLDER`: writes a policy that others can load without rlx."""
-    text = "Write the policy of a run as a function that jax alone can call (StableHLO), and what its numbers mean."
+    text = "Write the policy of a run as StableHLO, which takes jax and flatbuffers alone, and what its numbers mean."
     parser = argparse.ArgumentParser("rlx export", description=text, allow_abbrev=False)
     parser.add_argument("run_dir")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for policy.stablehlo and policy.json")
@@ -25,16 +26,18 @@ def export(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with Progress() as shown:
         with shown.phase("building"):
-            run = load_run(storage.fetch(options.run_dir))
             from rlx.export import check_target, export_policy
             from rlx.learners import load_policy
 
             check_target(Path(options.out), options.platforms, options.overwrite)
+            members = run_directories(storage.fetch(options.run_dir))
+            require(len(members) == 1, "RUN_DIR", options.run_dir, f"one of {', '.join(path.name for path in members)}")
+            run = load_run(members[0])
             mode = options.mode or run.train_config.eval_mode
             built = (run.env, run.module, run.train_config, run.config)
             algorithm, policy, step = load_policy(run.directory.path, *built, options.best, mode)
-        config = RunDirectory.open(run.directory.path).config
-        record = {"algorithm": config["algorithm"], "env": config["env"], "step": step, "best": options.best}
+        record = {name: run.directory.config[name] for name in ("algorithm", "env", "physics", "env_overrides")}
+        record |= {"step": step, "best": options.best}
         with shown.phase("exporting"):
             export_policy(
                 options.out, run.env.spec, algorithm, policy, mode, options.platforms, record, options.overwrite

@@ -165,8 +165,11 @@ def start_policy(run_dir: str | None, physics: str, env: Any, module: ModuleType
     Raises UserError where they do not fit: for the settings, that policy would be another one.
     """
     from rlx.learners import build_algorithm, check_policy, distance_between, load_policy
+    from rlx.records import GIVEN
     from rlx.schedule import make_schedule
 
+    if run_dir == GIVEN:
+        raise UserError(f"the run started from {GIVEN} and has no checkpoint yet: begin it anew there.")
     frozen = getattr(config, "freeze_statistics", False)
     if not run_dir:
         require(not frozen, "algo.freeze_statistics", frozen, "there with a policy to start from: --from RUN_DIR")
