@@ -1,10 +1,10 @@
-"""Drawing bodies: whether MuJoCo can here, and brax's viewer in a browser."""
+"""Drawing bodies: by MuJoCo, where it can, and in a browser by brax's viewer."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,14 +29,32 @@ def check_drawing(model: mujoco.MjModel) -> None:
         raise UserError(f"MuJoCo cannot draw here (MUJOCO_GL is {chosen}; {why}). {DRAWING}") from error
 
 
-def poses(model: mujoco.MjModel, data: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """As `page` takes them, of MJX's data: engines leave out what no task asks them for."""
-    found, own = [], mujoco.MjData(model)
+def posed(model: mujoco.MjModel, data: Sequence[Any]) -> Iterator[mujoco.MjData]:
+    """MuJoCo's own data in the pose of each of MJX's; engines leave out what no task asks them for."""
+    own = mujoco.MjData(model)
     for one in data:
         own.qpos, own.mocap_pos, own.mocap_quat = one.qpos, one.mocap_pos, one.mocap_quat
-        mujoco.mj_kinematics(model, own)
-        found.append((own.xpos[1:].copy(), own.xquat[1:].copy()))
-    return found
+        mujoco.mj_fwdPosition(model, own)
+        yield own
+
+
+def frames(model: mujoco.MjModel, data: Sequence[Any], camera: str | int = -1) -> np.ndarray:
+    """Pictures [F, 240, 320, 3] uint8 of MJX's data, through a camera of the model or, at -1, a free one.
+
+    Raises UserError as `check_drawing` does.
+    """
+    check_drawing(model)
+    pictures = []
+    with mujoco.Renderer(model, 240, 320) as renderer:
+        for own in posed(model, data):
+            renderer.update_scene(own, camera)
+            pictures.append(renderer.render())
+    return np.asarray(pictures, np.uint8).reshape(-1, 240, 320, 3)
+
+
+def poses(model: mujoco.MjModel, data: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """As `page` takes them, of MJX's data."""
+    return [(own.xpos[1:].copy(), own.xquat[1:].copy()) for own in posed(model, data)]
 
 
 def page(model: System | mujoco.MjModel, poses: Sequence[tuple[Any, Any]], seconds: float) -> str:

@@ -162,6 +162,37 @@ def test_without_a_screen_a_way_to_draw_is_found_and_one_that_does_not_work_is_r
         choose_gl()
 
 
+PICTURES = """
+from types import SimpleNamespace
+from rlx.video import choose_gl
+choose_gl()
+import mujoco, numpy as np
+from envs import viewer
+
+model = mujoco.MjModel.from_xml_string('''<mujoco><worldbody>
+  <light pos="0 0 3"/><camera name="above" pos="0 0 3"/>
+  <body><joint type="slide" axis="1 0 0"/><geom size=".2" rgba="1 0 0 1"/></body>
+  <body mocap="true"><geom size=".2" rgba="0 1 0 1"/></body>
+</worldbody></mujoco>''')
+data = [SimpleNamespace(qpos=[x], mocap_pos=[[0, -x, 0]], mocap_quat=[[1, 0, 0, 0]]) for x in (0.5, -0.5)]
+np.savez("frames", frames=viewer.frames(model, data, "above"), none=viewer.frames(model, []))
+"""
+
+
+@pytest.mark.slow
+def test_pictures_show_the_poses_of_the_data_through_a_camera_of_the_model(tmp_path):
+    if not any(map(draws, OFFSCREEN)):
+        pytest.skip("neither EGL nor OSMesa draws here")
+    subprocess.run([sys.executable, "-c", PICTURES], check=True, cwd=tmp_path)  # GL is chosen before MuJoCo is imported
+    found = np.load(tmp_path / "frames.npz")
+    assert found["frames"].shape == (2, 240, 320, 3) and found["frames"].dtype == np.uint8
+    assert found["none"].shape == (0, 240, 320, 3)
+    for frame, sign in zip(found["frames"].astype(int), (1, -1), strict=True):
+        red, green = (np.argwhere(frame[..., c] > 50 + np.delete(frame, c, axis=-1).max(axis=-1)) for c in (0, 1))
+        right, down = red.mean(axis=0)[1] - 160, green.mean(axis=0)[0] - 120
+        assert 20 < sign * right < 80 and 20 < sign * down < 80  # a joint along x; a mocap body along y, down at -y
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:os.fork")
 @pytest.mark.parametrize("name", ["playground/CheetahRun", "brax/ant", "particle/simple_spread"])
