@@ -37,5 +37,5 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.delenv("JAX_NUMPY_RANK_PROMOTION")  # a reader's jax is not as strict as that of the tests; MJX breaks it
+    monkeypatch.delenv("JAX_NUMPY_RANK_PROMOTION")  # a reader's jax takes what MJX does
     NotebookClient(nbformat.read(path, 4), timeout=LIMIT, kernel_name="python3").execute()
