@@ -74,7 +74,7 @@ def make(name: str, physics: str = "auto", **overrides: Any) -> Environment:
     else:
         suite, _, member = name.partition("/")
         env = importlib.import_module(SUITES[suite]).make(member, physics, **overrides)
-        env.made = overrides  # for records of runs: with its name and engine, what makes it again
+    env.made = overrides  # for records of runs: with its name and engine, what makes it again
     env.spec = dataclasses.replace(env.spec, name=name)
     return env
 

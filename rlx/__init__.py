@@ -13,6 +13,7 @@ from rlx.errors import UserError
 
 if TYPE_CHECKING:
     from rlx.algorithm import Algorithm, Plan, Source
+    from rlx.cli.pairs import load
     from rlx.environment import Environment
     from rlx.epoch import TrainState
     from rlx.evaluation import make_evaluate
@@ -41,6 +42,7 @@ _HOMES = {
     "Transition": "rlx.types",
     "evaluate_gymnasium": "rlx.gymnasium",
     "export_policy": "rlx.export",
+    "load": "rlx.cli.pairs",
     "make_evaluate": "rlx.evaluation",
     "plot": "rlx.plotting",
     "train": "rlx.training",
@@ -64,6 +66,7 @@ __all__ = [
     "UserError",
     "evaluate_gymnasium",
     "export_policy",
+    "load",
     "make_evaluate",
     "plot",
     "train",

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from rlx import settings
 from rlx.errors import UserError
+
+RATES = ("algo.learning_rate", "algo.actor_learning_rate")
+ELSEWHERE = {  # what CleanRL, Stable-Baselines3 and brax call the same
+    "lr": RATES,
+    "learning_rate": RATES,
+    "ent_coef": ("algo.entropy_coef",),
+    "entropy_cost": ("algo.entropy_coef",),
+    "vf_coef": ("algo.value_coef",),
+    "clip_coef": ("algo.clip_eps",),
+    "clip_range": ("algo.clip_eps",),
+    "clipping_epsilon": ("algo.clip_eps",),
+    "discounting": ("algo.gamma",),
+    "gamma": ("algo.gamma",),
+    "update_epochs": ("algo.num_epochs",),
+    "n_epochs": ("algo.num_epochs",),
+    "num_updates_per_batch": ("algo.num_epochs",),
+    "buffer_size": ("algo.replay_size",),
+    "learning_starts": ("algo.prefill_steps",),
+    "num_steps": ("unroll_length",),
+    "n_steps": ("unroll_length",),
+    "n_envs": ("num_envs",),
+    "total_timesteps": ("total_steps",),
+    "num_timesteps": ("total_steps",),
+    "episode_length": ("env.episode_length",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +113,49 @@ def boolean(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Prim
     )
 
 
-def parse_train(
-    env: str, algorithm: str, arguments: Sequence[str], train_config: type, algo_config: type
-) -> TrainArguments:
+def whole(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[int] | None:
+    """tyro's rule for a whole number, which may be written as 1_000_000 or 1e6."""
+    if info.type is not int:
+        return None
+
+    def read(given: list[str]) -> int:
+        try:
+            return int(given[0])
+        except ValueError:
+            if not float(given[0]).is_integer():
+                raise ValueError(f"{given[0]!r} is no whole number") from None
+            return int(float(given[0]))
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def check_words(arguments: Sequence[str], known: Collection[str]) -> None:
+    """Raises UserError for a flag that goes by another name here, with that name; others are tyro's to refuse."""
+    for word in arguments:
+        given = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        name = given.removeprefix("algo.")
+        meant = [key for key in ELSEWHERE.get(name, ()) if key in known or key.startswith("env.")]
+        if word.startswith("--") and given not in known and meant:
+            raise UserError(f"--{given.replace('_', '-')} is called --{meant[0].replace('_', '-')} here.")
+
+
+def parse_train(env: str, algorithm: str, arguments: Sequence[str], train_config: type, module: Any) -> TrainArguments:
     """Merges the defaults of two dataclasses, the preset, `--config` and the command line, the strongest last.
+
+    `module`: of the algorithm that `algorithm` names; its `Config` is the second dataclass.
 
     tyro reports flags that do not exist and values of a wrong type, and exits with status 2. Raises UserError for
     what is wrong in the file.
     """
+    algo_config = module.Config
     arguments, overrides = take_env_overrides(arguments)
-    layers: list[tuple[str, settings.Flat]] = [("preset", settings.preset(env, algorithm))]
+    layers: list[tuple[str, settings.Flat]] = [("preset", settings.preset_for(module, env, algorithm))]
     file = option_value(arguments, "--config")
     if file:
         layers.append(("config", settings.read_file(file)))
@@ -105,6 +163,8 @@ def parse_train(
     train, algo = train_config(**settings.values(below)), algo_config(**settings.values(below, "algo."))
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(boolean)
+    registry.primitive_rule(whole)
+    check_words(arguments, {*below, *(field.name for field in dataclasses.fields(Options))})
     omit_prefix, take_values = tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff
     fields: list[Any] = [
         ("options", Annotated[Options, omit_prefix], dataclasses.field(default=Options())),

@@ -24,12 +24,13 @@ from rlx.types import Discrete, PyTree, Spec
 
 
 def tuned(env: Environment, algorithm: Any) -> tuple[TrainConfig, Any]:
-    """The settings that ship for a module of `rlx.algorithms` on this environment (`rlx/presets/`), found by its name.
+    """The settings that ship for an algorithm's module on this environment (`rlx/presets/`), found by its name.
 
-    As `rlx train` merges them, but for overrides of the environment; the defaults where none ship. Change them with
+    A module of one's own has those of the algorithm that its `PRESET` names, `PRESET = "ppo"` say. As `rlx train`
+    merges them, but for overrides of the environment; the defaults where none ship. Change them with
     `dataclasses.replace`.
     """
-    layers = [("preset", settings.preset(env.spec.name, algorithm.__name__.rpartition(".")[2]))]
+    layers = [("preset", settings.preset_for(algorithm, env.spec.name, algorithm.__name__.rpartition(".")[2]))]
     merged = settings.merge(TrainConfig, algorithm.Config, layers)
     own = settings.build(algorithm.Config, settings.values(merged, "algo."))
     return settings.build(TrainConfig, settings.values(merged)), own

@@ -15,6 +15,7 @@ from rlx.run_directory import FAILED, RunDirectory, read_metrics
 SUFFIXES = (".png", ".svg", ".pdf")
 LABELS = {"eval/return": "mean return of an evaluation episode", "train/return": "mean return of a training episode"}
 AXES = {"steps": "environment steps", "minutes": "minutes of training"}
+SIZES = ("total_steps", "num_envs", "unroll_length")  # of a run, which set runs of one algorithm apart
 MANY = 4  # lines whose legend still finds a place among them
 LINES = ("-", "--", ":", "-.")  # where there are more of them than colours
 PALETTE = "petroff10"  # colours that those who see few can tell apart (Petroff 2021, arXiv 2107.02270)
@@ -40,10 +41,10 @@ def plot(
     `x`: "steps", or "minutes" of training, without compiling and what a kill lost; of a run among many in one program
     those of the program.
 
-    Runs of an algorithm with other settings (`--algo.*`, `--env.*`) are a line of their own. The band is the 95 %
-    bootstrap interval of the mean from three runs on, the range for two. Where some run has no evaluation, the returns
-    of training are drawn for all. Runs that met a NaN or an infinity are left out, and counted in the legend, unless
-    all have. Returns the path written.
+    Runs of an algorithm with other settings (`--algo.*`, `--env.*`, sizes) are a line of their own; it ends where the
+    first of its runs does. The band is the 95 % bootstrap interval of the mean from three runs on, the range for two.
+    Where some run has no evaluation, the returns of training are drawn for all. Runs that met a NaN or an infinity are
+    left out, and counted in the legend, unless all have. Returns the path written.
 
     Raises UserError for no runs, a run without rows, a metric that no row has, a suffix other than png, svg, pdf.
     """
@@ -94,7 +95,10 @@ def _labels(runs: list[RunDirectory]) -> list[str]:
     keys = []
     for run in runs:
         algorithm = str(run.config.get("algorithm", "algorithm")).removeprefix("rlx.algorithms.")
-        own = {**run.config.get("algo", {}), **{f"env.{k}": v for k, v in run.config.get("env_overrides", {}).items()}}
+        algorithm = Path(algorithm).stem if algorithm.endswith(".py") else algorithm
+        sizes = {name: value for name, value in run.config.get("train", {}).items() if name in SIZES}
+        own = {**sizes, **run.config.get("algo", {})}
+        own |= {f"env.{k}": v for k, v in run.config.get("env_overrides", {}).items()}
         keys.append((algorithm, str(run.config.get("env", "environment"))))
         kinds.setdefault(keys[-1], []).append(own)
     labels = []
@@ -180,7 +184,9 @@ def _draw_panel(panel: Any, env: str, curves: Sequence[Curve], styles: Mapping[s
         group = [curve for curve in curves if curve.algorithm == algorithm]
         steps, mean, low, high = band(group)
         about = {1: "1 run", 2: "mean and range of 2 runs"}
-        name = f"{algorithm} ({about.get(len(group), f'mean of {len(group)} runs, 95 % interval')})"
+        ends = [curve.steps[-1] for curve in group]
+        cut = ", as far as all went" if min(ends) < 0.95 * max(ends) else ""
+        name = f"{algorithm} ({about.get(len(group), f'mean of {len(group)} runs, 95 % interval')}{cut})"
         style = styles[algorithm]
         panel.plot(steps, mean, label=name, marker="." if steps.size < 30 else None, **style)
         if len(group) > 1:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from rlx import external
 from rlx.algorithm import Data, Policy
 from rlx.environment import Environment
-from rlx.errors import require
+from rlx.errors import UserError, require
 from rlx.logging import Progress
 from rlx.machine import commit, usable_cores, versions
 from rlx.run_directory import RunDirectory, write_atomically
 from rlx.schedule import Schedule
 
+SHIPPED = "rlx.algorithms."
 GIVEN = "a policy given in Python"  # what such a run started from: nothing else has it
 
 
@@ -54,18 +57,33 @@ def describe(
 
 
 def rebuilding(algorithm: Any, env: Environment) -> dict[str, Any]:
-    """What lets the command line build an algorithm and an environment that ship; empty for others, and their wrappers.
+    """What lets the command line build both again; empty where it cannot, as of an environment that was wrapped.
 
-    Overrides that name a file, or that JSON does not know, are left to Python too.
+    Work of one's own is found by its file. Overrides that name a file, or that JSON does not know, are left to Python.
     """
-    ships = getattr(algorithm, "__name__", "").startswith("rlx.algorithms.")
+    name, env_name = reference_of(algorithm), env.spec.name
     overrides = getattr(env, "made", None)  # by `envs.make`, of that very object
-    if not ships or overrides is None or any(isinstance(value, str) and ":" in value for value in overrides.values()):
+    if not name or overrides is None or any(isinstance(value, str) and ":" in value for value in overrides.values()):
         return {}
+    env_name = external.canonical(env_name) if ":" in env_name else env_name
+    ships = getattr(algorithm, "__name__", "").startswith(SHIPPED)
+    own = {"algorithm": "" if ships else name, "env": env_name if ":" in env_name else ""}
     try:
-        return {"env_overrides": json.loads(json.dumps(overrides)), "files": {}}
-    except TypeError:
+        files = {part: external.fingerprint(path, part) for part, path in own.items() if path}
+        found = {"env_overrides": json.loads(json.dumps(overrides)), "files": files}
+    except (TypeError, UserError):
         return {}
+    return {**found, "built_from": {"algorithm": name, "env": env_name}}
+
+
+def reference_of(algorithm: Any) -> str:
+    """An algorithm's module as the command line names it; empty for what is none."""
+    name, file = getattr(algorithm, "__name__", ""), getattr(algorithm, "__file__", None)
+    if name.startswith(SHIPPED):
+        return name.removeprefix(SHIPPED)
+    if name == "__main__" or not file:
+        return ""
+    return name if "." in name else str(Path(file).absolute())  # a package's module imports its neighbours
 
 
 def note_resume(directory: RunDirectory, progress: Progress) -> None:

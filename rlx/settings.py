@@ -63,6 +63,22 @@ def presets() -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
+def preset_for(module: Any, env: str, algorithm: str) -> dict[str, Any]:
+    """Tuned settings for an environment and the module of an algorithm, which `algorithm` names.
+
+    Own work takes those of the algorithm that its `PRESET` names, as far as its Config has the fields. Raises UserError
+    for a PRESET without any.
+    """
+    own = getattr(module, "PRESET", "")
+    if not own:
+        return preset(env, algorithm)
+    known = {name for tables in presets().values() for name in tables}
+    if own not in known:
+        raise unknown("PRESET: algorithm", own, known)
+    fields = {f"algo.{field.name}" for field in dataclasses.fields(module.Config)}
+    return {key: value for key, value in preset(env, own).items() if not key.startswith("algo.") or key in fields}
+
+
 def hints(config: type) -> dict[str, Any]:
     """The types that the fields of a dataclass are declared with."""
     return typing.get_type_hints(config)

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -503,13 +504,13 @@ def test_evaluations_draw_actions_where_a_run_says_so(capsys, monkeypatch, tmp_p
 
 @pytest.mark.parametrize(("words", "wanted"), [("true", True), ("True", True), ("false", False)])
 def test_switches_take_the_words_of_toml_and_of_python(words, wanted):
-    parsed = parse_train("probe/lqr", "ppo", ["--algo.anneal-lr", words, "--overwrite"], TrainConfig, ppo.Config)
+    parsed = parse_train("probe/lqr", "ppo", ["--algo.anneal-lr", words, "--overwrite"], TrainConfig, ppo)
     assert parsed.merged["algo.anneal_lr"].value is wanted and parsed.options.overwrite
 
 
 def test_a_switch_takes_no_other_word(capsys):
     with pytest.raises(SystemExit) as ended:
-        parse_train("probe/lqr", "ppo", ["--algo.anneal-lr", "maybe"], TrainConfig, ppo.Config)
+        parse_train("probe/lqr", "ppo", ["--algo.anneal-lr", "maybe"], TrainConfig, ppo)
     assert ended.value.code == 2 and "Expected one of ('true', 'false'" in " ".join(capsys.readouterr().err.split())
 
 
@@ -524,4 +525,44 @@ def test_a_run_begun_from_python_with_what_ships_is_one_of_the_command_line_too(
     assert config_of(tmp_path / "plain")["env_overrides"] == {"max_torque": 1.5}
     assert run(capsys, "resume", tmp_path / "plain", "--quiet")[0] == 0
     status, _, err = run(capsys, "evaluate", tmp_path / "wrapped")
-    assert status == 2 and "begun from Python with own work" in err
+    assert status == 2 and "begun from Python with what no file or name stands for" in err
+
+
+def test_own_work_that_python_trained_is_found_by_its_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("own_ppo.py").write_text('from rlx.algorithms.ppo import Config, check, make\nPRESET = "ppo"\n')
+    own = importlib.import_module("own_ppo")
+    env = envs.make("gymnax/Pendulum-v1")
+    tuned, config = rlx.tuned(env, own)
+    assert (tuned, config) == rlx.tuned(env, rlx.ppo) and config.gamma == 0.95
+    sizes = dataclasses.replace(tuned, total_steps=512, num_envs=4, unroll_length=16, num_evals=0)
+    rlx.train(env, own, sizes, config, run_dir="run", progress=Progress(quiet=True))
+    monkeypatch.chdir("/")
+    loaded = rlx.load(tmp_path / "run")
+    assert loaded.step == 512 and loaded.env.spec.name == "gymnax/Pendulum-v1"
+    assert run(capsys, "resume", tmp_path / "run", "--quiet")[0] == 0
+    assert list(config_of(tmp_path / "run")["files"]["algorithm"]) == ["path", "sha256"]
+    (tmp_path / "other.py").write_text('from rlx.algorithms.ppo import Config, check, make\nPRESET = "pppo"\n')
+    status, _, err = run(capsys, "train", tmp_path / "other.py", "gymnax/Pendulum-v1", "--total-steps", "1e3")
+    assert status == 2 and "PRESET: algorithm 'pppo' does not exist. Did you mean" in err.replace("\n", " "), err
+
+
+def test_a_policy_that_python_gave_is_not_forgotten(tmp_path, capsys):
+    sizes = rlx.TrainConfig(total_steps=512, num_envs=4, unroll_length=16, num_evals=0)
+    env = envs.make("gymnax/Pendulum-v1")
+    first = rlx.train(env, rlx.ppo, sizes, progress=Progress(quiet=True))
+    rlx.train(env, rlx.ppo, sizes, run_dir=tmp_path / "a", init_policy=first.policy, progress=Progress(quiet=True))
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    status, _, err = run(capsys, "resume", tmp_path / "a")
+    assert status == 2 and "a policy given in Python" in err
+
+
+def test_numbers_and_names_are_taken_as_others_write_them():
+    parsed = parse_train("probe/lqr", "ppo", ["--total-steps", "1e6", "--num-envs=1_000"], TrainConfig, ppo)
+    assert (parsed.merged["total_steps"].value, parsed.merged["num_envs"].value) == (1_000_000, 1_000)
+    for word, meant in (("--algo.lr", "algo.learning-rate"), ("--num-steps=8", "unroll-length"), ("--lr", "algo.lea")):
+        with pytest.raises(UserError, match=f"is called --{meant}"):
+            parse_train("probe/lqr", "ppo", [word, "1"], TrainConfig, ppo)
+    with pytest.raises(SystemExit):
+        parse_train("probe/lqr", "ppo", ["--total-steps", "1.5"], TrainConfig, ppo)

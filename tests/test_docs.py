@@ -69,7 +69,7 @@ def check_train(words: list[str], build: bool) -> None:
     pair = find_pair(*words[:2])
     module = load_algorithm(pair)
     _, rest = take_flags(words[2:])
-    options, merged = parse_train(pair.env, pair.algorithm, rest, TrainConfig, module.Config)
+    options, merged = parse_train(pair.env, pair.algorithm, rest, TrainConfig, module)
     if not build:
         return
     pair = with_overrides(pair._replace(physics=options.physics), settings.values(merged, "env."))

@@ -71,7 +71,7 @@ def build_sweep(options: Any, pair: Pair) -> Any:
     from rlx.measuring import Target
     from rlx.schedule import TrainConfig
 
-    layers = [("preset", settings.preset(pair.env, pair.algorithm)), ("command line", options.settings)]
+    layers = [("preset", settings.preset_for(module, pair.env, pair.algorithm)), ("command line", options.settings)]
     merged = settings.merge(TrainConfig, module.Config, layers)
     pair = with_overrides(pair, settings.values(merged, "env."))
     engines: Sequence[str] = options.physics

@@ -116,8 +116,9 @@ def warn_of_changes(pair: Pair) -> None:
 
 
 def recorded_pair(recorded: Mapping[str, Any]) -> Pair:
-    """Undoes `describe`."""
-    return Pair(*(recorded[name] for name in ("algorithm", "env", "physics", "env_overrides", "files")))
+    """Undoes `describe`, and `rlx.records.rebuilding`."""
+    found = {**recorded, **recorded.get("built_from", {})}
+    return Pair(*(found[name] for name in ("algorithm", "env", "physics", "env_overrides", "files")))
 
 
 class LoadedRun(NamedTuple):
@@ -140,8 +141,8 @@ def load_run(run_dir: str | Path, physics: str = "") -> LoadedRun:
     recorded = directory.config
     if "env_overrides" not in recorded:
         raise UserError(
-            f"{str(run_dir)!r} was begun from Python with own work: go on there, with resume=True of rlx.train or "
-            "train_many."
+            f"{str(run_dir)!r} was begun from Python with what no file or name stands for: use it there, and go "
+            "on with resume=True of rlx.train or train_many."
         )
     pair = recorded_pair(recorded)
     pair = pair._replace(physics=physics or pair.physics)
@@ -149,6 +150,32 @@ def load_run(run_dir: str | Path, physics: str = "") -> LoadedRun:
     module = load_algorithm(pair)
     env = load_env(pair)
     return LoadedRun(directory, pair, env, module, *settings_of(directory, module))
+
+
+class Loaded(NamedTuple):
+    """A policy and what it acts in."""
+
+    env: Any
+    algorithm: Any  # rlx.Algorithm
+    policy: Any
+    step: int  # of the checkpoint that it is from
+
+
+def load(run_dir: str | Path, best: bool = False, physics: str = "") -> Loaded:
+    """Builds the environment and the algorithm of a run again, with the policy of its newest or best checkpoint.
+
+    Args:
+        run_dir: a run of the command line, or of Python where its algorithm and environment have names or files.
+        best: the policy of the best evaluation, not the newest.
+        physics: another engine than the run's.
+
+    Raises UserError where there is none, or where the run cannot be built again.
+    """
+    from rlx.learners import load_policy
+
+    run = load_run(storage.fetch(run_dir), physics)
+    built = (run.env, run.module, run.train_config, run.config)
+    return Loaded(run.env, *load_policy(run.directory.path, *built, best, run.train_config.eval_mode))
 
 
 def settings_of(directory: RunDirectory, module: ModuleType) -> tuple[Any, Any]:

@@ -62,7 +62,7 @@ def train(arguments: list[str]) -> int:
             from rlx import training
             from rlx.arguments import parse_train
             from rlx.distributed import on_first
-        options, merged = parse_train(pair.env, pair.algorithm, arguments[2:], training.TrainConfig, algorithm.Config)
+        options, merged = parse_train(pair.env, pair.algorithm, arguments[2:], training.TrainConfig, algorithm)
         pair = with_overrides(pair._replace(physics=options.physics), settings.values(merged, "env."))
         merged |= {f"env.{key}": merged[f"env.{key}"]._replace(value=value) for key, value in pair.overrides.items()}
         train_config = settings.build(training.TrainConfig, settings.values(merged))
@@ -193,7 +193,7 @@ def resume(arguments: list[str]) -> int:
                 files = [(moved, share) for moved, (_, share) in zip(options.data, files, strict=True)]
             data = load_data(files, run.pair, run.env, quiet)
         keywords: dict[str, Any] = {"init_policy": policy, "progress": shown, "resume": True, "data": data}
-        own = describe(run.pair)
+        own = {**describe(run.pair), "algorithm": recorded["algorithm"], "env": recorded["env"]}
         folder = Path(options.run_dir).absolute()
 
         def here(train_config: Any) -> Any:

@@ -147,7 +147,7 @@ def merge(program: Program, pair: Pair, out: Path) -> Planned:
     algorithm = load_algorithm(pair)
     from rlx.schedule import TrainConfig
 
-    layers = [("preset", settings.preset(pair.env, pair.algorithm)), *program.layers]
+    layers = [("preset", settings.preset_for(algorithm, pair.env, pair.algorithm)), *program.layers]
     merged = settings.merge(TrainConfig, algorithm.Config, layers)
     pair = with_overrides(pair, settings.values(merged, "env."))
     train_config = settings.build(TrainConfig, settings.values(merged))

@@ -61,7 +61,7 @@ def sweep(arguments: list[str]) -> int:
             from rlx import sweep as sweeping
             from rlx.arguments import parse_train
             from rlx.schedule import TrainConfig
-        options, merged = parse_train(pair.env, pair.algorithm, rest, TrainConfig, algorithm.Config)
+        options, merged = parse_train(pair.env, pair.algorithm, rest, TrainConfig, algorithm)
         require(options.num_seeds >= 1, "num_seeds", options.num_seeds, "at least 1")
         refused = {"from": options.from_run, "wandb": options.wandb, "overwrite": options.overwrite}
         for flag, value in {**refused, "data": options.data}.items():
