@@ -103,7 +103,7 @@ def check_rendering() -> str:
 def check_warp() -> str:
     if importlib.util.find_spec("warp") is None:
         return "missing: on CUDA physics runs in XLA, some times slower in scenes with contacts"
-    return f"{importlib.metadata.version('warp-lang')} (serves CUDA only)"
+    return f"{importlib.metadata.version('warp-lang')} (made for CUDA: elsewhere it is slow)"
 
 
 def check_robot_models() -> str:
