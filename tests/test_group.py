@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import envs
-from rlx import cli, recording
+from rlx import cli, records
 from rlx.algorithms import ppo
 from rlx.checkpoint import Checkpointer
 from rlx.errors import NonFiniteError, UserError
@@ -318,7 +318,7 @@ def test_every_seed_is_one_that_keys_can_be_made_of():
 @pytest.mark.slow
 def test_other_versions_and_commits_that_runs_go_on_with_are_said_and_recorded_once(tmp_path, monkeypatch, capsys):
     many(seeds(2), tmp_path)
-    monkeypatch.setattr(recording, "commit", lambda: "another")
+    monkeypatch.setattr(records, "commit", lambda: "another")
     for _ in range(2):
         train_many(Counter(5), ppo, seeds(2), run_dir=tmp_path, resume=True, progress=Progress())
         recorded = RunDirectory.open(tmp_path / "seed-1").config

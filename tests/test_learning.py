@@ -163,7 +163,10 @@ def test_of_two_ways_that_differ_in_their_ending_alone_each_has_its_value(name):
     "world", [pytest.param("action_reward_continuous", marks=pytest.mark.slow), "obs_action_reward_continuous"]
 )
 def test_every_algorithm_finds_the_best_continuous_action(name, world):
-    _, run = learn(name, f"probe/{world}")
+    # Where every action ends the episode, a wide trust region drifts once all actions are good: what is left of the
+    # normalised advantages is then the critic's error.
+    changes = {"clip_eps": 0.05} if name == "fpo" else {}
+    _, run = learn(name, f"probe/{world}", **changes)
     assert run.history[-1]["eval/return"] > -0.01  # minus the squared distance to the best action
 
 
