@@ -85,7 +85,8 @@ class Brax:
 
     def __init__(self, env: brax.envs.Env):
         self.env = env
-        self.spec = Spec(obs=None, action=Box((env.action_size,)))
+        simulated = isinstance(env, PipelineEnv) and not isinstance(env, brax.envs.fast.Fast)
+        self.spec = Spec(obs=None, action=Box((env.action_size,)), dt=float(env.dt) if simulated else 0.0)
 
     def reset(self, key: jax.Array, params: PyTree):
         with tracing():
@@ -108,12 +109,12 @@ class Brax:
         """q and qd float32, as long as MuJoCo's qpos and qvel and in their order."""
         return state.pipeline_state.q, state.pipeline_state.qd
 
-    def render(self, states: Sequence[brax.envs.State], page: bool = False) -> Any:
+    def render(self, states: Sequence[brax.envs.State], page: float | None = None) -> Any:
         if isinstance(self.env, brax.envs.fast.Fast):
             raise UserError("brax/fast cannot be rendered: it has no model.")
-        if page:
+        if page is not None:
             poses = [(state.pipeline_state.x.pos, state.pipeline_state.x.rot) for state in states]
-            return viewer.page(self.env.sys, poses, self.env.dt)
+            return viewer.page(self.env.sys, poses, page)
         viewer.check_drawing(self.mj_model)
         return self.env.render([state.pipeline_state for state in states])
 
@@ -166,7 +167,7 @@ class BraxMJX:
     def joint_state(self, state: BraxState) -> tuple[jax.Array, jax.Array]:
         return self._brax.joint_state(state.task)
 
-    def render(self, states: Sequence[BraxState], page: bool = False) -> Any:
+    def render(self, states: Sequence[BraxState], page: float | None = None) -> Any:
         return self._brax.render([state.task for state in states], page)
 
 

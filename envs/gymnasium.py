@@ -21,11 +21,11 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from envs.wrappers import is_count
-from rlx.environment import Environment, EnvState, render
+from rlx.environment import Environment, EnvState, real_time, render
 from rlx.errors import require
 from rlx.types import Box, PyTree, Spec, TimeStep
 
-METADATA = {"render_modes": ["rgb_array"], "render_fps": 20}  # a frame a decision; a Spec has not how long one takes
+METADATA: dict[str, Any] = {"render_modes": ["rgb_array"]}
 
 
 class Playing(NamedTuple):
@@ -39,12 +39,13 @@ class Playing(NamedTuple):
 class GymnasiumEnv(gymnasium.Env):
     """One instance; `reset` and `step` are compiled at their first calls. Made by `envs.to_gymnasium`."""
 
-    metadata = METADATA
+    metadata = METADATA  # of an instance with its `render_fps`, one frame a decision
 
     def __init__(self, env: Environment, params: PyTree = None, render_mode: str | None = None):
         check(env, render_mode)
         self.observation_space, self.action_space = spaces_of(env.spec)
         self._env, self.render_mode = env, render_mode
+        self.metadata = {**self.metadata, "render_fps": real_time(env.spec)}
         self._params = env.spec.params if params is None else params
         self._reset = jax.jit(lambda seed, params: env.reset(jax.random.key(seed), params))
         self._step = jax.jit(lambda state, action, seed: env.step(state, action, jax.random.key(seed)))
@@ -95,6 +96,7 @@ class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._env, self.num_envs, self.render_mode = env, num_envs, render_mode
+        self.metadata = {**self.metadata, "render_fps": real_time(env.spec)}
         self._params = env.spec.params if params is None else params
         self._begin, self._advance = jax.jit(self._begin_all), jax.jit(self._step_all)
         self._playing: Playing | None = None

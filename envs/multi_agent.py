@@ -42,8 +42,8 @@ import numpy as np
 
 from envs.adapter import limit_and_repeat
 from envs.names import BRAX, PLAYGROUND
-from envs.wrappers import DomainRandomization, FixedPoint
-from rlx.environment import Environment, render
+from envs.wrappers import DomainRandomization, FixedPoint, Wrapper
+from rlx.environment import Environment
 from rlx.errors import UserError, require, unknown
 from rlx.types import Box, PyTree
 
@@ -123,7 +123,7 @@ class Body(Protocol):
         ...
 
 
-class MultiAgent:
+class MultiAgent(Wrapper):
     """`env`, of one agent, whose state `body` reads, split among the agents of `split`; see the module.
 
     It goes inside of time limits and action repeats. Raises UserError for a split that does not give every
@@ -182,9 +182,6 @@ class MultiAgent:
             joint_state = jax.tree.map(lambda x, y: jnp.where(diverged, x, y), last, joint_state)
         obs = self.obs(joint_state, timestep.obs)
         return state, timestep._replace(obs=obs, final_obs=obs)
-
-    def render(self, states: Sequence[Any], page: bool = False) -> Any:
-        return render(self.env, states, page)
 
 
 def full_obs(obs: PyTree) -> jax.Array:

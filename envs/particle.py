@@ -72,12 +72,12 @@ class Particle:
             counts = [5 * x.moves + task.message_size * x.speaks for x in task.agents]
         if N == 1:
             action = Discrete(counts[0]) if self.discrete else Box((counts[0],), 0.0, 1.0)
-            return Spec(jax.ShapeDtypeStruct((widths[0],), jnp.float32), action)
+            return Spec(jax.ShapeDtypeStruct((widths[0],), jnp.float32), action, dt=DT)
         obs = {"agents": (N, max(widths)), "state": (sum(widths),)}
         shapes = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in obs.items()}
         action = Discrete(max(counts), (N,)) if self.discrete else Box((N, max(counts)), 0.0, 1.0)
         obs_mask, action_mask = (np.arange(max(n))[None] < np.array(n)[:, None] for n in (widths, counts))
-        return Spec(shapes, action, N, obs_mask, action_mask)
+        return Spec(shapes, action, N, obs_mask, action_mask, dt=DT)
 
     def obs(self, state: ParticleState) -> PyTree:
         vectors = self.task.observe(state)

@@ -118,7 +118,7 @@ class Playground:
 
     def __init__(self, env: MjxEnv, engine: engines.Engine):
         self.env, self.engine, self.substeps = env, engine, env.n_substeps
-        self.spec = Spec(obs=None, action=Box((env.action_size,)), params={}, physics=engine.name)
+        self.spec = Spec(obs=None, action=Box((env.action_size,)), params={}, physics=engine.name, dt=env.dt)
 
     def reset(self, key: jax.Array, params: PyTree):
         with simulated_by(self.env, self.engine, params):
@@ -152,12 +152,12 @@ class Playground:
         """qpos [nq] and qvel [nv] float32."""
         return state.task.data.qpos, state.task.data.qvel
 
-    def render(self, states: Sequence[PlaygroundState], page: bool = False) -> Any:
+    def render(self, states: Sequence[PlaygroundState], page: float | None = None) -> Any:
         from envs import viewer  # and brax with it
 
-        if page:
+        if page is not None:
             poses = viewer.poses(self.env.mj_model, [state.task.data for state in states])
-            return viewer.page(self.env.mj_model, poses, self.env.dt)
+            return viewer.page(self.env.mj_model, poses, page)
         viewer.check_drawing(self.env.mj_model)
         return self.env.render([state.task for state in states])
 

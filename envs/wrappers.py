@@ -15,7 +15,7 @@ import numpy as np
 
 from rlx.environment import Environment, random_action, render
 from rlx.errors import UserError, require
-from rlx.types import Box, PyTree, TimeStep
+from rlx.types import Box, PyTree, Spec, TimeStep
 
 
 def strong(tree: PyTree) -> PyTree:
@@ -65,7 +65,20 @@ def signature(tree: PyTree) -> Any:
     return structure, tuple((jnp.shape(x), jax.dtypes.result_type(x)) for x in leaves)
 
 
-class FixedPoint:
+class Wrapper:
+    """What an environment around `env` hands on, unless it has its own."""
+
+    env: Environment
+    spec: Spec
+
+    def reset(self, key: jax.Array, params: PyTree) -> tuple[Any, PyTree]:
+        return self.env.reset(key, params)
+
+    def render(self, states: Sequence[Any], page: float | None = None) -> Any:
+        return render(self.env, states, page)
+
+
+class FixedPoint(Wrapper):
     """Makes reset and step agree: states and observations of one structure, shape, dtype and weak type.
 
     Where they differ, a compiled loop would compile again at its second call, or not at all. Rewards become float32,
@@ -113,16 +126,13 @@ class FixedPoint:
         state, timestep = self._step(state, action, key)
         return cast(state, types.state), cast(timestep, types.timestep)
 
-    def render(self, states: Sequence[Any], page: bool = False) -> Any:
-        return render(self.env, states, page)
-
 
 class TimeLimitState(NamedTuple):
     env: Any
     steps: jax.Array  # () int32: inner steps since reset
 
 
-class TimeLimit:
+class TimeLimit(Wrapper):
     """`truncated` once `episode_length` inner steps are taken, unless the same step terminated.
 
     Raises UserError unless `episode_length` is a positive integer.
@@ -145,7 +155,7 @@ class TimeLimit:
         over = timestep.truncated | (steps >= self.episode_length)
         return TimeLimitState(env_state, steps), timestep._replace(truncated=over & ~timestep.terminated)
 
-    def render(self, states: Sequence[TimeLimitState], page: bool = False) -> Any:
+    def render(self, states: Sequence[TimeLimitState], page: float | None = None) -> Any:
         return render(self.env, [state.env for state in states], page)
 
 
@@ -172,7 +182,7 @@ def play(step: Callable[[Any, Any], tuple[Any, TimeStep]], state: Any, inputs: P
     return jax.lax.scan(advance, (state, start), inputs)[0]
 
 
-class ActionRepeat:
+class ActionRepeat(Wrapper):
     """One decision is up to `num_repeats` inner steps of the same action, fewer where the episode ends before.
 
     Rewards and `info` are those of `play`. Raises UserError unless `num_repeats` is a positive integer, and around
@@ -186,18 +196,12 @@ class ActionRepeat:
         self.env, self.num_repeats = env, num_repeats
         self.spec = dataclasses.replace(env.spec, action_repeat=num_repeats * env.spec.action_repeat)
 
-    def reset(self, key: jax.Array, params: PyTree):
-        return self.env.reset(key, params)
-
     def step(self, state: Any, action: jax.Array, key: jax.Array):
         keys = jax.random.split(key, self.num_repeats)
         return play(lambda state, key: self.env.step(state, action, key), state, keys)
 
-    def render(self, states: Sequence[Any], page: bool = False) -> Any:
-        return render(self.env, states, page)
 
-
-class ActionChunk:
+class ActionChunk(Wrapper):
     """One decision is `size` inner actions, played open loop (Ren et al. 2024, arXiv 2409.00588).
 
     Actions are [size * a], inner action i at [i * a : (i + 1) * a]. Those behind an end are not played. Rewards and
@@ -219,18 +223,12 @@ class ActionChunk:
             action_chunk=size * env.spec.action_chunk,
         )
 
-    def reset(self, key: jax.Array, params: PyTree):
-        return self.env.reset(key, params)
-
     def step(self, state: Any, action: jax.Array, key: jax.Array):
         inputs = action.reshape(self.size, -1), jax.random.split(key, self.size)
         return play(lambda state, inputs: self.env.step(state, *inputs), state, inputs)
 
-    def render(self, states: Sequence[Any], page: bool = False) -> Any:
-        return render(self.env, states, page)
 
-
-class ScaleAction:
+class ScaleAction(Wrapper):
     """Maps actions affinely from [-1, 1]^d to `low`..`high`, the bounds of `env`, each a number or d of them.
 
     Raises UserError if `env` takes no continuous actions, or the bounds are not finite and in order.
@@ -247,17 +245,11 @@ class ScaleAction:
         bounds = [tuple(x.ravel().tolist()) for x in (lows, highs)]
         self.spec = dataclasses.replace(env.spec, action=Box(box.shape, low=bounds[0], high=bounds[1]))
 
-    def reset(self, key: jax.Array, params: PyTree):
-        return self.env.reset(key, params)
-
     def step(self, state: Any, action: jax.Array, key: jax.Array):
         return self.env.step(state, jnp.asarray(self.center) + jnp.asarray(self.half_width) * action, key)
 
-    def render(self, states: Sequence[Any], page: bool = False) -> Any:
-        return render(self.env, states, page)
 
-
-class DomainRandomization:
+class DomainRandomization(Wrapper):
     """Every episode is played under params of its own, `draw(key)`, which the state keeps until the episode ends.
 
     `draw`: a pure function from a key to params. Where it returns a mapping and the environment's params are one, as in
@@ -303,9 +295,6 @@ class DomainRandomization:
 
     def step(self, state: Any, action: jax.Array, key: jax.Array):
         return self.env.step(state, action, key)
-
-    def render(self, states: Sequence[Any], page: bool = False) -> Any:
-        return render(self.env, states, page)
 
 
 def is_count(value: Any) -> bool:

@@ -22,7 +22,7 @@ class Environment(Protocol):
     (`rlx.rollout`) replaces `obs` at an ending. States, observations and time steps are fixed points in
     shape, dtype and weak type: `step` returns what `reset` returned. An environment that can be drawn also has
     `render(states)`: frames [F, H, W, 3] uint8 of a list of states, made on the host; one with a viewer too
-    takes `page=True`, and gives a page of HTML.
+    takes `page`, seconds, and gives a page of HTML that shows each state so long.
     """
 
     @property
@@ -37,17 +37,23 @@ class Environment(Protocol):
         ...
 
 
-def render(env: Environment, states: Sequence[EnvState], page: bool = False) -> Any:
+def render(env: Environment, states: Sequence[EnvState], page: float | None = None) -> Any:
     """Frames [F, H, W, 3] uint8 of a list of states, made on the host by the environment's optional `render`.
 
-    `page`: the text of an HTML page that plays them. Raises UserError where the environment has no such thing.
+    `page`: the text of an HTML page that shows each of them for so many seconds. Raises UserError where the environment
+    has no such thing.
     """
     draw = getattr(env, "render", None)
     if draw is None:
         raise UserError(f"{type(env).__name__} cannot be rendered: it has no `render`.")
-    if page and "page" not in inspect.signature(draw).parameters:
+    if page is not None and "page" not in inspect.signature(draw).parameters:
         raise UserError(f"{type(env).__name__} has no viewer in HTML; its videos are pictures.")
-    return draw(states, page=True) if page else draw(states)
+    return draw(states) if page is None else draw(states, page=page)
+
+
+def real_time(spec: Spec) -> float:
+    """Decisions in a second of simulated time: the frames a second of a film in real time. 20 where it is not known."""
+    return 1 / (spec.dt * spec.action_repeat) if spec.dt else 20.0
 
 
 def random_action(spec: Spec, key: jax.Array) -> jax.Array:

@@ -74,6 +74,7 @@ class Spec:
     obs_mask: Any = None  # [N, d] bool: which entries of a padded observation are real; None of one agent
     action_mask: Any = None  # [N, a] bool of an action's entries, [N, num_values] of discrete ones; None of one agent
     episode_length: int | None = None  # time limit in inner steps; None: none
+    dt: float = 0.0  # seconds that an inner step simulates; 0: not known
     action_repeat: int = 1  # inner steps per decision
     action_chunk: int = 1  # inner actions in one decision, one behind the other in its action
     params: PyTree = ()  # the default of what may differ between episodes

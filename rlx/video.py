@@ -20,23 +20,29 @@ import jax
 import numpy as np
 
 from rlx.algorithm import Key, Policy
-from rlx.environment import Environment, render
+from rlx.environment import Environment, real_time, render
 from rlx.errors import UserError, require
 from rlx.evaluation import Player
 from rlx.machine import DRAWING, OFFSCREEN, draws
 from rlx.run_directory import write_atomically
+from rlx.types import Spec
 
-# Frames a second: a gif counts in hundredths, and players skip 1. A page has the pace of the simulation.
+# Frames a second: a gif counts in hundredths, and players skip 1.
 FASTEST = {".mp4": 240, ".gif": 50, ".png": 1000, ".webp": 1000, ".html": 1000}
 FORMATS = tuple(FASTEST)  # an .mp4 loses a little, a .gif all but 256 colours a frame
 
 
-def check_video(path: str | Path, fps: float) -> None:
-    """Raises UserError for a file that no video can be written to, and a pace that it cannot have."""
+def check_video(path: str | Path, fps: float | None = None) -> None:
+    """Raises UserError for a file that no video can be written to, and for `fps` that it cannot have."""
     require(Path(path).suffix in FORMATS, "video", str(path), f"it ends in {', '.join(FORMATS)}")
     require(Path(path).absolute().parent.is_dir(), "video", str(path), "the folder does not exist")
     fastest = FASTEST[Path(path).suffix]
-    require(0 < fps <= fastest, "fps", fps, f"above 0, and at most {fastest} in a {Path(path).suffix}")
+    require(fps is None or 0 < fps <= fastest, "fps", fps, f"above 0, and at most {fastest} in a {Path(path).suffix}")
+
+
+def pace(path: str | Path, spec: Spec, fps: float | None = None) -> float:
+    """`fps`, or those by which a film passes as fast as what it shows: slower where such a file cannot have so many."""
+    return fps or min(real_time(spec), FASTEST[Path(path).suffix])
 
 
 def choose_gl() -> None:
@@ -55,7 +61,7 @@ def choose_gl() -> None:
 def check_drawn(env: Environment, path: str | Path) -> None:
     """Draws a first state. Raises UserError where an environment cannot be drawn, or not into such a file."""
     state, _ = jax.jit(env.reset)(jax.random.key(0), env.spec.params)
-    render(env, [jax.device_get(state)], page=Path(path).suffix == ".html")
+    render(env, [jax.device_get(state)], page=1.0 if Path(path).suffix == ".html" else None)
 
 
 def film(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int) -> Iterator[np.ndarray]:
@@ -66,14 +72,14 @@ def film(env: Environment, player: Player, policy: Policy, key: Key, num_episode
         yield from np.asarray(render(env, states), np.uint8)
 
 
-def page(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int) -> str:
+def page(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int, fps: float) -> str:
     """The same episodes as a page of HTML that plays them. Raises UserError where the environment has no viewer."""
-    episodes = play(env, player, policy, key, num_episodes, page=True)
-    return str(render(env, [state for states in episodes for state in states], page=True))
+    episodes = play(env, player, policy, key, num_episodes, 1 / fps)
+    return str(render(env, [state for states in episodes for state in states], 1 / fps))
 
 
 def play(
-    env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int, page: bool = False
+    env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int, page: float | None = None
 ) -> list[list[Any]]:
     """The states of each episode, on the host. What cannot be drawn is not played."""
     advance = jax.jit(player.advance)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import json
 import os
+import re
 import subprocess
 import sys
+import zlib
 
 import imageio_ffmpeg
 import jax
@@ -14,15 +19,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import envs
 from envs import viewer
 from envs.wrappers import ActionRepeat
 from rlx import video
 from rlx.algorithm import Plan
-from rlx.environment import render
+from rlx.environment import real_time, render
 from rlx.evaluation import make_evaluate, make_player
 from rlx.machine import OFFSCREEN, draws
 from rlx.types import UserError
-from rlx.video import check_drawn, check_video, choose_gl, film, write_video
+from rlx.video import check_drawn, check_video, choose_gl, film, pace, write_video
 from tests.worlds import Counter, constant_algorithm
 
 COLOURS = np.array([[0, 0, 0], [200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)
@@ -160,7 +166,42 @@ def test_a_page_of_bodies_leaves_the_model_as_it_was_and_refuses_ellipsoids():
 
 def test_what_has_no_viewer_says_so():
     with pytest.raises(UserError, match="Drawn has no viewer in HTML"):
-        render(Drawn(3), [], page=True)
+        render(Drawn(3), [], page=0.1)
+
+
+def test_films_pass_as_fast_as_what_they_show_unless_the_format_or_the_user_says_otherwise():
+    spec = dataclasses.replace(Counter(3).spec, dt=0.0125, action_repeat=4)
+    assert pace("a.mp4", spec) == 20.0 and pace("a.mp4", spec, 5.0) == 5.0
+    assert pace("a.mp4", ActionRepeat(Counter(3), 2).spec) == 20.0  # not known
+    fast = dataclasses.replace(spec, action_repeat=1)
+    assert (pace("a.mp4", fast), pace("a.gif", fast)) == (80.0, 50.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [
+        ("playground/CartpoleBalance", 0.01),
+        ("brax/inverted_pendulum", 0.04),
+        ("particle/simple", 0.1),
+        ("brax/fast", 0.0),
+        ("probe/memory", 0.0),
+    ],
+)
+def test_a_spec_tells_how_long_a_step_lasts(name, seconds):
+    assert envs.make(name).spec.dt == pytest.approx(seconds)
+    env = envs.make(name, action_repeat=2)
+    assert env.spec.dt == pytest.approx(seconds) and real_time(env.spec) == pytest.approx(
+        0.5 / seconds if seconds else 20
+    )
+
+
+def test_a_page_shows_each_state_for_the_seconds_asked_for():
+    env = envs.make("playground/CartpoleBalance", action_repeat=2)
+    state, _ = env.reset(KEY, env.spec.params)
+    shown = render(env, [jax.device_get(state)] * 2, page=1 / real_time(env.spec))
+    (packed,) = re.findall(r'var system = "([^"]+)"', shown)
+    content = json.loads(zlib.decompress(base64.b64decode(packed)))
+    assert content["opt"]["timestep"] == pytest.approx(0.02)
 
 
 def test_mujoco_that_cannot_draw_says_what_to_install(monkeypatch):

@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     formats = "a .mp4, .gif, animated .png or .webp, or for bodies a .html, which loads brax's viewer from the network"
     parser.add_argument("--video", metavar="FILE", help=f"draw the first of them: {formats}")
     parser.add_argument("--video-episodes", type=int, default=1, metavar="N", help="how many of them (1)")
-    parser.add_argument("--fps", type=float, default=20.0, help="decisions a second of the video (20)")
+    parser.add_argument("--fps", type=float, help="decisions a second of the video (those of the simulated time)")
     options = parser.parse_args(arguments)
     require(options.episodes >= 1, "--episodes", options.episodes, "at least 1")
     if options.gymnasium:
@@ -131,14 +131,15 @@ class Evaluation:
 
     def _film(self, config: Any, policy: Any, seed: int) -> None:
         from rlx.evaluation import make_player
-        from rlx.video import film, page, write_video
+        from rlx.video import film, pace, page, write_video
 
         video, count = self.options.video, self.options.video_episodes
         playing = (self.run.env, make_player(*self._playing(config)), policy, key_of(seed), count)
+        fps = pace(video, self.run.env.spec, self.options.fps)
         if video.endswith(".html"):
-            write_atomically(Path(video).absolute(), page(*playing))
+            write_atomically(Path(video).absolute(), page(*playing, fps))
         else:
-            write_video(video, film(*playing), self.options.fps)
+            write_video(video, film(*playing), fps)
 
 
 def key_of(seed: int) -> Any:
