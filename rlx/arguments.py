@@ -12,7 +12,7 @@ import tyro
 from rlx import settings
 from rlx.errors import UserError
 
-RATES = ("algo.learning_rate", "algo.actor_learning_rate")
+RATES = ("algo.learning_rate", "algo.actor_learning_rate", "algo.critic_learning_rate")
 ELSEWHERE = {  # what CleanRL, Stable-Baselines3 and brax call the same
     "lr": RATES,
     "learning_rate": RATES,
@@ -142,7 +142,8 @@ def check_words(arguments: Sequence[str], known: Collection[str]) -> None:
         name = given.removeprefix("algo.")
         meant = [key for key in ELSEWHERE.get(name, ()) if key in known or key.startswith("env.")]
         if word.startswith("--") and given not in known and meant:
-            raise UserError(f"--{given.replace('_', '-')} is called --{meant[0].replace('_', '-')} here.")
+            here = " and ".join(f"--{key.replace('_', '-')}" for key in meant)
+            raise UserError(f"--{given.replace('_', '-')} is called {here} here.")
 
 
 def parse_train(env: str, algorithm: str, arguments: Sequence[str], train_config: type, module: Any) -> TrainArguments:

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlx.errors import UserError, unknown
+from rlx.errors import UserError, require, unknown
 
 Flat = Mapping[str, Any]
 
@@ -70,6 +70,7 @@ def preset_for(module: Any, env: str, algorithm: str) -> dict[str, Any]:
     for a PRESET without any.
     """
     own = getattr(module, "PRESET", "")
+    require(isinstance(own, str), "PRESET", own, "the name of the algorithm whose settings to take")
     if not own:
         return preset(env, algorithm)
     known = {name for tables in presets().values() for name in tables}

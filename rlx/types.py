@@ -15,13 +15,16 @@ Metrics = Mapping[str, jax.Array]
 
 
 class TimeStep(NamedTuple):
-    """What one environment step returns; unbatched, `vmap` adds leading axes."""
+    """What one environment step returns; unbatched, `vmap` adds leading axes.
 
-    obs: PyTree  # what to act on next; after an auto reset the new episode's first observation
+    No environment resets itself: the source (`rlx.rollout`) does, and it alone makes `obs` differ from `final_obs`.
+    """
+
+    obs: PyTree  # what to act on next; after a reset by the source the new episode's first observation
     reward: jax.Array  # () float32; [N] in games that pay their agents apart
     terminated: jax.Array  # () bool: the MDP ended, bootstrap 0
     truncated: jax.Array  # () bool: a time limit, bootstrap V(final_obs) and cut the trace
-    final_obs: PyTree  # the observation before the auto reset; equals obs inside an episode
+    final_obs: PyTree  # what this step led to; equals obs inside an episode
     info: Mapping[str, jax.Array]  # for logging alone; no algorithm reads it
 
 

@@ -21,7 +21,7 @@ import envs
 import rlx
 from envs.wrappers import ActionRepeat
 from rlx import arguments, cli
-from rlx.algorithms import ALGORITHMS, ppo
+from rlx.algorithms import ALGORITHMS, ppo, sac
 from rlx.arguments import literal, option_value, parse_train, take_env_overrides
 from rlx.doctor import check_robot_models, examine
 from rlx.errors import UserError
@@ -546,6 +546,9 @@ def test_own_work_that_python_trained_is_found_by_its_file(tmp_path, monkeypatch
     (tmp_path / "other.py").write_text('from rlx.algorithms.ppo import Config, check, make\nPRESET = "pppo"\n')
     status, _, err = run(capsys, "train", tmp_path / "other.py", "gymnax/Pendulum-v1", "--total-steps", "1e3")
     assert status == 2 and "PRESET: algorithm 'pppo' does not exist. Did you mean" in err.replace("\n", " "), err
+    (tmp_path / "third.py").write_text("from rlx.algorithms.ppo import Config, check, make\nPRESET = True\n")
+    status, _, err = run(capsys, "train", tmp_path / "third.py", "gymnax/Pendulum-v1", "--total-steps", "1e3")
+    assert status == 2 and "PRESET = True is not possible" in err.replace("\n", " "), err
 
 
 def test_a_policy_that_python_gave_is_not_forgotten(tmp_path, capsys):
@@ -564,5 +567,7 @@ def test_numbers_and_names_are_taken_as_others_write_them():
     for word, meant in (("--algo.lr", "algo.learning-rate"), ("--num-steps=8", "unroll-length"), ("--lr", "algo.lea")):
         with pytest.raises(UserError, match=f"is called --{meant}"):
             parse_train("probe/lqr", "ppo", [word, "1"], TrainConfig, ppo)
+    with pytest.raises(UserError, match="called --algo.actor-learning-rate and --algo.critic-learning-rate"):
+        parse_train("probe/lqr", "sac", ["--lr", "1"], TrainConfig, sac)
     with pytest.raises(SystemExit):
         parse_train("probe/lqr", "ppo", ["--total-steps", "1.5"], TrainConfig, ppo)

@@ -29,10 +29,10 @@ HELP = """\
 usage: rlx COMMAND ...
 
   train ALGORITHM ENV [...]    train; `rlx train ALGORITHM ENV --help` lists every setting
+                               --distributed: as one of several processes, on a pod, a cluster or one machine
   sweep ALGORITHM ENV [...]    settings times seeds as few compiled programs; --grid KEY=V,V --random KEY=LOW:HIGH
   reproduce STUDY [...]        run what is missing of a study in experiments/, and write its report
-                               --distributed: as one of several processes, on a pod, a cluster or one machine
-  resume RUN_DIR               go on with a run, runs of many seeds or a sweep that was stopped
+  resume RUN_DIR               go on with a run, runs of many seeds or a sweep that was stopped; --distributed as above
   evaluate RUN_DIR [...]       play whole episodes with a run's policy
   collect RUN_DIR... [...]     roll policies out into a data set, for `rlx train bc ENV --data FILE`
   plot RUN_DIR... --out FILE   draw learning curves
