@@ -19,6 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@# It asks for an orbax-checkpoint older than ours, and for much else that converting policies does not take.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps jax2onnx
 	@touch $@
 
 train: install  ## PPO on playground/CheetahRun, into a new folder of runs/

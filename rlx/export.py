@@ -1,4 +1,4 @@
-"""Policies for others: a function in StableHLO that takes jax and flatbuffers alone, and what its numbers mean.
+"""Policies for others: in StableHLO, a function that takes jax and flatbuffers alone, and in ONNX.
 
     import json, jax, numpy as np
     act = jax.export.deserialize(bytearray(open("policy/policy.stablehlo", "rb").read())).call
@@ -8,19 +8,25 @@
 
 Weights and statistics of observations are inside: observations go in as the environment gives them, actions come out in
 its own units. What a policy remembers inside an episode goes in as it came out, and begins as `initial` says. In mode
-"sample" there is an input `key`, two uint32 without a batch: other bits for every call.
+"sample" there is an input `key`, two uint32 without a batch: other bits for every call. ONNX has no such draws; its
+inputs are those of policy.json too, its outputs `action` and, where a policy remembers, `next/memory`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,7 +39,10 @@ from rlx.types import Box, PyTree, Spec
 FORMAT = 1
 ACTING = ("greedy", "sample")  # modes in which nothing is explored
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-FILES = ("policy.stablehlo", "policy.json")
+FILES = ("policy.stablehlo", "policy.json", "policy.onnx")
+CONVERTER = ("jax2onnx", "onnx", "onnx_ir")
+# jax2onnx asks for an orbax-checkpoint below that of rlx, of which it makes no use here.
+INSTALL = "pip install 'rlx[onnx]' && pip install --no-deps jax2onnx"
 
 
 def export_policy(
@@ -45,6 +54,7 @@ def export_policy(
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    onnx: bool = False,
 ) -> dict[str, Any]:
     """Writes `policy.stablehlo` and `policy.json` into `folder`, which it makes. Returns what the second one says.
 
@@ -56,12 +66,16 @@ def export_policy(
         platforms: for which it is lowered: cpu, cuda, rocm, tpu.
         record: more entries for policy.json.
         overwrite: replaces a policy that `folder` already holds.
+        onnx: writes `policy.onnx` too, by jax2onnx; of mode "greedy".
 
-    Raises UserError for another mode, platforms that jax does not know, and a folder that holds a policy.
+    Raises UserError for another mode, platforms that jax does not know, a folder that holds a policy, and for `onnx`
+    where its converter is missing or cannot convert the policy.
     """
     target = Path(folder)
     check_target(target, platforms, overwrite)
     require(mode in ACTING, "mode", mode, " or ".join(ACTING))
+    if onnx:
+        check_onnx(mode)
     memory = algorithm.memory(jax.random.key(0))
     inputs = named("obs", spec.obs) | named("memory", memory)
     (batch,) = jax.export.symbolic_shape("batch")
@@ -76,6 +90,7 @@ def export_policy(
 
     exported = jax.export.export(jax.jit(call), platforms=tuple(platforms))(shapes)
     data = bytes(exported.serialize())
+    model = to_onnx(call, shapes) if onnx else b""
     initial = {name: np.asarray(x).tolist() for name, x in named("memory", memory).items()}
     entries = [
         {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}
@@ -85,8 +100,12 @@ def export_policy(
     about: dict[str, Any] = {**(record or {}), "format": FORMAT, "needs": ["jax", "flatbuffers"], "mode": mode}
     about |= {"platforms": list(platforms), "inputs": entries}
     about |= {"action": about_action(spec), "sha256": hashlib.sha256(data).hexdigest(), "versions": versions()}
+    about |= {"onnx": {"sha256": hashlib.sha256(model).hexdigest()}} if onnx else {}
     target.mkdir(parents=True, exist_ok=True)
+    (target / FILES[2]).unlink(missing_ok=True)
     write_atomically(target / FILES[0], data)
+    if onnx:
+        write_atomically(target / FILES[2], model)
     write_atomically(target / FILES[1], json.dumps(about, indent=1) + "\n")
     return about
 
@@ -99,6 +118,52 @@ def check_target(folder: Path, platforms: Sequence[str], overwrite: bool) -> Non
     require(is_folder, "folder", str(folder), "a folder, or a name that nothing has yet")
     if any((folder / name).exists() for name in FILES) and not overwrite:
         raise UserError(f"{str(folder)!r} already holds a policy: name another folder, or overwrite it.")
+
+
+def check_onnx(mode: Mode) -> None:
+    """Raises UserError where no ONNX can be written."""
+    require(mode == "greedy", "mode", mode, "greedy in ONNX, which has no draws of JAX's")
+    missing = [name for name in CONVERTER if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX needs {' and '.join(missing)}, not installed here: {INSTALL}.")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """jax2onnx logs a traceback for every package that it could convert and does not find."""
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def to_onnx(call: Callable[..., Mapping[str, jax.Array]], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> bytes:
+    """A model of `call`, whose inputs are called as `shapes`, of any batch. Raises UserError where there is none."""
+    outputs = jax.eval_shape(call, dict(shapes))
+    names = ["action", *(name for name in outputs if name != "action")]
+
+    def flat(*arrays: jax.Array) -> list[jax.Array]:
+        found = call(dict(zip(shapes, arrays, strict=True)))
+        return [found[name] for name in names]
+
+    # Traced here: jax2onnx would put operations of its own in the place of flax's layers, which vmap does not take.
+    traced = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(flat)(*shapes.values()))
+    try:
+        with quiet():
+            from jax2onnx import to_onnx as convert
+
+            naming = {"input_names": list(shapes), "output_names": ["action", *(f"next/{name}" for name in names[1:])]}
+            return bytes(convert(traced, list(shapes.values()), model_name="policy", **naming).SerializeToString())
+    except Exception as error:  # of any kind: each operation's converter has its own
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"jax2onnx cannot convert this policy: {why}") from error
 
 
 def named(name: str, tree: PyTree) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jax2onnx
 import numpy as np
+import onnxruntime
 import pytest
 
 import envs
@@ -21,6 +24,7 @@ from rlx.algorithm import Plan
 from rlx.algorithms import ALGORITHMS
 from rlx.export import export_policy
 from rlx.types import Box, Spec, UserError
+from tests.kinds import of_each_kind
 
 KEY = jax.random.key(3)
 TEAMS = {"hasac", "maddpg", "mappo"}
@@ -65,6 +69,50 @@ def test_an_exported_policy_of_every_algorithm_acts_as_it_did(name, mode, tmp_pa
         np.testing.assert_allclose(found[path], leaf, atol=1e-5)
 
 
+def in_onnx(folder, inputs):
+    session = onnxruntime.InferenceSession(folder / "policy.onnx")
+    found = session.run(None, {name: np.asarray(x) for name, x in inputs.items()})
+    return dict(zip([output.name for output in session.get_outputs()], found, strict=True))
+
+
+@pytest.mark.parametrize("name", of_each_kind(sorted(ALGORITHMS), ("ppo", "fpo", "mappo")))
+def test_a_policy_of_every_algorithm_acts_in_onnx_as_it_did(name, tmp_path):
+    env = envs.make("particle/simple_spread" if name in TEAMS else "gymnax/Pendulum-v1")
+    algorithm, policy = built(name, env)
+    export_policy(tmp_path, env.spec, algorithm, policy, onnx=True)
+    for count in (1, 6):
+        inputs = export.named("obs", observations(env.spec, count))
+        found = in_onnx(tmp_path, inputs)
+        assert list(found) == ["action"]
+        np.testing.assert_allclose(found["action"], call(tmp_path, inputs)["action"], atol=1e-5)
+    export_policy(tmp_path, env.spec, algorithm, policy, overwrite=True)
+    assert not (tmp_path / "policy.onnx").exists()  # of another policy than the rest of the folder
+
+
+def test_memory_and_whole_numbers_pass_through_onnx(tmp_path):
+    env = envs.make("gymnax/CartPole-v1")
+    algorithm, policy = built("ppo", env, recurrent=True, memory_size=6)
+    export_policy(tmp_path, env.spec, algorithm, policy, onnx=True)
+    inputs = {"obs": observations(env.spec, 3), "memory": np.ones((3, 6), np.float32)}
+    found, expected = in_onnx(tmp_path, inputs), call(tmp_path, inputs)
+    np.testing.assert_array_equal(found["action"], expected["action"])
+    np.testing.assert_allclose(found["next/memory"], expected["memory"], atol=1e-5)
+
+
+def test_where_onnx_cannot_be_written_it_says_why(tmp_path, monkeypatch):
+    env = envs.make("gymnax/CartPole-v1")
+    algorithm, policy = built("ppo", env)
+    with pytest.raises(UserError, match="mode = 'sample' is not possible: greedy in ONNX"):
+        export_policy(tmp_path / "a", env.spec, algorithm, policy, "sample", onnx=True)
+    monkeypatch.setattr(jax2onnx, "to_onnx", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(UserError, match="jax2onnx cannot convert this policy: ZeroDivisionError"):
+        export_policy(tmp_path / "a", env.spec, algorithm, policy, onnx=True)
+    monkeypatch.setattr(export, "CONVERTER", ("no_such_converter",))
+    with pytest.raises(UserError, match=r"ONNX needs no_such_converter, not installed here: pip install 'rlx\[onnx\]'"):
+        export_policy(tmp_path / "a", env.spec, algorithm, policy, onnx=True)
+    assert not (tmp_path / "a").exists()
+
+
 def test_what_a_policy_remembers_goes_in_as_it_came_out(tmp_path):
     env = envs.make("gymnax/CartPole-v1")
     algorithm, policy = built("ppo", env, recurrent=True, memory_size=6)
@@ -99,7 +147,8 @@ def test_the_command_exports_a_run_and_jax_alone_calls_it_as_documented(tmp_path
     assert about["env_overrides"] == {} and about["needs"] == ["jax", "flatbuffers"]
     assert cli.main(["export", "run", "--out", "policy"]) == 2
     assert "already holds a policy" in capsys.readouterr().err
-    assert cli.main(["export", "run", "--out", "policy", "--overwrite"]) == 0
+    assert cli.main(["export", "run", "--out", "policy", "--overwrite", "--onnx"]) == 0
+    assert set(os.listdir("policy")) == {"policy.stablehlo", "policy.json", "policy.onnx"}
     *code, last = textwrap.dedent(re.search(r"\n\n((?:    .*\n)+)", export.__doc__)[1]).splitlines()
     alone = ["import sys", "sys.modules['rlx'] = sys.modules['envs'] = None", *code, f"print(({last}\n).shape)"]
     done = subprocess.run([sys.executable, "-c", "\n".join(alone)], capture_output=True, text=True)

@@ -22,11 +22,12 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("--mode", choices=("greedy", "sample"), help="greedy is deterministic (the run's own)")
     platforms = ("cpu", "cuda", "tpu")
     parser.add_argument("--platforms", nargs="+", default=platforms, help="cpu, cuda, rocm, tpu (all but rocm)")
+    parser.add_argument("--onnx", action="store_true", help="policy.onnx too; it needs jax2onnx (docs: FAQ)")
     parser.add_argument("--overwrite", action="store_true", help="replace a policy that FOLDER holds")
     options = parser.parse_args(arguments)
     with Progress() as shown:
         with shown.phase("building"):
-            from rlx.export import check_target, export_policy
+            from rlx.export import check_onnx, check_target, export_policy
             from rlx.learners import load_policy
 
             check_target(Path(options.out), options.platforms, options.overwrite)
@@ -34,13 +35,14 @@ def export(arguments: list[str]) -> int:
             require(len(members) == 1, "RUN_DIR", options.run_dir, f"one of {', '.join(path.name for path in members)}")
             run = load_run(members[0])
             mode = options.mode or run.train_config.eval_mode
+            if options.onnx:
+                check_onnx(mode)
             built = (run.env, run.module, run.train_config, run.config)
             algorithm, policy, step = load_policy(run.directory.path, *built, options.best, mode)
         record = {name: run.directory.config[name] for name in ("algorithm", "env", "physics", "env_overrides")}
         record |= {"step": step, "best": options.best}
         with shown.phase("exporting"):
-            export_policy(
-                options.out, run.env.spec, algorithm, policy, mode, options.platforms, record, options.overwrite
-            )
+            acting = (run.env.spec, algorithm, policy, mode)
+            export_policy(options.out, *acting, options.platforms, record, options.overwrite, options.onnx)
     print(options.out)
     return 0
