@@ -12,21 +12,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlx import group, storage
+from rlx import group
 from rlx.algorithm import Data, Policy
 from rlx.compilation import Programs, compile_run
-from rlx.distributed import check_shared, is_first, on_first, several
+from rlx.distributed import is_first, on_first, several
 from rlx.environment import Environment
 from rlx.epoch import EpochMetrics, TrainState
 from rlx.errors import require
 from rlx.learners import build_algorithm, check_data, check_policy, maker
 from rlx.logging import Progress, Writer
-from rlx.recording import Recorder, StopSignal, check_alone, draw_curve
-from rlx.records import check_same_settings, describe, note_resume, say_other_devices
-from rlx.run_directory import RunDirectory, locked
+from rlx.place import Place
+from rlx.recording import Recorder, draw_curve
+from rlx.records import describe
 from rlx.schedule import Schedule, TrainConfig, make_schedule
-
-LOST = 60.0  # seconds in which processes of a run that lost one of them end, and leave its directory
+from rlx.signals import StopSignal
 
 
 class Run(NamedTuple):
@@ -131,42 +130,20 @@ def train(
     check_policy(built, init_policy)
     data = check_data(algorithm, config, built, env, data)
     init_policy = jax.device_get(init_policy)  # it may lie on other devices than this run will
-    require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the run")
     progress = progress or Progress(quiet=not is_first())
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
     description = describe(algorithm, env, train_config, config, schedule, data, init_policy) | dict(record or {})
-    directory = None
-    run_dir = None if run_dir is None else storage.fetch(run_dir)
-    if run_dir is not None and resume:
-        directory = RunDirectory(Path(run_dir).absolute(), on_first(lambda: RunDirectory.open(run_dir).config))
-        check_same_settings(directory.config, description)
-        check_alone(directory)
-        say_other_devices(directory.config, description, progress)
-    elif run_dir is not None:
-        on_first(lambda: RunDirectory.check_free(run_dir, overwrite))
-    if run_dir is not None:
-        check_shared(Path(run_dir))
+    place = Place(run_dir, {"": description}, False, overwrite, resume, progress)
     key = jax.random.key(train_config.seed)
     make = maker(algorithm, config, env, plan)
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        patience = LOST if several() else 0.0
-        held = on_first(lambda: run_dir is not None and Path(run_dir).is_dir())  # a run to resume, or to overwrite
-        if held:
-            on_first(lambda: stack.enter_context(locked(str(run_dir), patience)))
-        if run_dir is not None:
-            on_first(partial(storage.claim, run_dir))
+        place.hold(stack)
         programs = compile_run(env, make, schedule, train_config, key, {}, init_policy, progress, data)
-        if directory:
-            on_first(partial(note_resume, directory, progress))
-        elif run_dir is not None:
-            full = on_first(lambda: RunDirectory.create(run_dir, description, overwrite).config)
-            directory = RunDirectory(Path(run_dir).absolute(), full)
-            if not held:
-                on_first(lambda: stack.enter_context(locked(directory.path, patience)))
+        directories = place.begin(stack)
         stop = stack.enter_context(StopSignal(progress.quiet))
         state, recorder = None, Recorder(plan.steps_per_iteration, progress)
-        if directory:
+        for directory in directories:
             state = recorder.open(stack, directory, train_config.keep_checkpoints, resume, programs.abstract_state)
         recorder.writers += writers if is_first() else ()
         if state is None:
@@ -175,7 +152,7 @@ def train(
         with progress.phase("training"):
             state = run_epochs(programs, {}, schedule, train_config, state, recorder, stop, asked)
     interrupted = int(state.iteration) < plan.num_iterations
-    if directory:
+    for directory in directories:
         on_first(partial(draw_curve, directory, progress))
     return Run(state, recorder.history, built.policy(state.learner, "greedy"), interrupted)
 
@@ -218,20 +195,13 @@ def train_many(
     check_policy(built[0], init_policy)
     data = check_data(algorithm, config, built[0], env, data)
     init_policy = jax.device_get(init_policy)
-    require(run_dir is not None or not resume, "run_dir", run_dir, "resume needs the directory of the runs")
     progress = progress or Progress()
     progress.total_steps = plan.num_iterations * plan.steps_per_iteration
     descriptions = {
         name: describe(algorithm, env, *runs[name], schedule, data, init_policy) | dict(records.get(name, {}))
         for name in names
     }
-    directories = []
-    run_dir = None if run_dir is None else storage.fetch(run_dir)
-    if run_dir is not None and resume:
-        directories = group.reopen(run_dir, descriptions)
-        say_other_devices(directories[0].config, descriptions[names[0]], progress)
-    elif run_dir is not None:
-        group.check_free(run_dir, names, overwrite)
+    place = Place(run_dir, descriptions, True, overwrite, resume, progress)
     key = jnp.stack([jax.random.key(of_run.seed) for of_run, _ in runs.values()])
     make = maker(algorithm, config, env, plan)
 
@@ -240,19 +210,10 @@ def train_many(
 
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        held = run_dir is not None and Path(run_dir).is_dir()
-        if held:
-            stack.enter_context(locked(str(run_dir)))
-        if run_dir is not None:
-            storage.claim(run_dir)
+        place.hold(stack)
         with group.traced(varied):
             programs = compile_run(env, make, schedule, train_config, key, varied, init_policy, progress, data)
-        for directory in directories:
-            note_resume(directory, progress if directory is directories[0] else Progress(quiet=True))
-        if run_dir is not None and not resume:
-            directories = group.create(run_dir, descriptions, overwrite)
-            if not held:
-                stack.enter_context(locked(run_dir))
+        directories = place.begin(stack)
         stop = stack.enter_context(StopSignal(progress.quiet))
         state, recorder = None, group.GroupRecorder(names, plan.steps_per_iteration, progress)
         if directories:

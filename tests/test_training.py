@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import envs
-from rlx import training
 from rlx.algorithm import Plan
 from rlx.algorithms import ppo
 from rlx.checkpoint import Checkpointer
@@ -26,7 +25,7 @@ from rlx.logging import Progress
 from rlx.recording import open_checkpoints
 from rlx.records import describe
 from rlx.rollout import make_source
-from rlx.run_directory import read_metrics
+from rlx.run_directory import RunDirectory, read_metrics
 from rlx.schedule import Schedule, TrainConfig, make_schedule
 from rlx.training import train
 from tests.worlds import Counter, constant_algorithm
@@ -281,7 +280,7 @@ def test_steps_pass_two_to_the_31(tmp_path):
     source = make_source(env, schedule.plan, config.reset, config.reset_pool_size)
     state = init_state(algorithm, source, jax.random.key(0))._replace(iteration=jnp.asarray(start, jnp.int32))
     description = describe(ppo, env, config, CONFIG, schedule)
-    directory = training.RunDirectory.create(tmp_path / "run", description)
+    directory = RunDirectory.create(tmp_path / "run", description)
     keeper = open_checkpoints(directory, 2)
     keeper.save(start * per_iteration, state)
     keeper.close()

@@ -14,7 +14,7 @@ from rlx.logging import Progress
 from rlx.run_directory import FINISHED, RUNS, write_atomically
 
 if TYPE_CHECKING:
-    from rlx.recording import StopSignal
+    from rlx.signals import StopSignal
 
 
 CPU_DEVICES = 32

@@ -36,7 +36,7 @@ from rlx.study import Program, load, programs, run_name, select
 
 if TYPE_CHECKING:
     from rlx.findings import Findings
-    from rlx.recording import StopSignal
+    from rlx.signals import StopSignal
 
 
 class Planned(NamedTuple):
@@ -193,7 +193,7 @@ def run_all(
 
     A program that is refused (it does not fit into memory, say) is named, and the others go on. `again`: the command.
     """
-    from rlx.recording import StopSignal
+    from rlx.signals import StopSignal
 
     refused = False
     with StopSignal(quiet) as stop:

@@ -192,7 +192,7 @@ def go_on(folder: Path, shown: Progress, num_devices: int | None = None) -> int:
 
     130 if it was stopped.
     """
-    from rlx.recording import StopSignal
+    from rlx.signals import StopSignal
 
     try:
         content = json.loads((folder / FILE).read_text())
