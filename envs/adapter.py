@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from envs.wrappers import ActionChunk, ActionRepeat, TimeLimit
 from rlx.environment import Environment, random_action
-from rlx.errors import UserError, require, unknown
+from rlx.errors import UserError, is_whole, require, unknown
 from rlx.types import PyTree, TimeStep
 
 # What every environment takes, and the value with which nothing is wrapped around it.
@@ -50,8 +50,7 @@ def read_options(
     repeat, chunk = overrides.get("action_repeat", action_repeat), overrides.get("action_chunk", 1)
     counts = (("episode_length", length or 0, 0), ("action_repeat", repeat, 1), ("action_chunk", chunk, 1))
     for field, value, lowest in counts:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        require(whole and value >= lowest, f"{name}: {field}", value, f"a whole number of at least {lowest}")
+        require(is_whole(value, lowest), f"{name}: {field}", value, f"a whole number of at least {lowest}")
     rest = {key: fit(name, key, value, defaults[key]) for key, value in overrides.items() if key not in COMMON}
     return Options(length, repeat, chunk, rest)
 

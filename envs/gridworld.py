@@ -18,7 +18,7 @@ import numpy as np
 
 from envs.adapter import check_physics, defaults_of, limit_and_repeat, read_options
 from rlx.environment import Environment
-from rlx.errors import require, unknown
+from rlx.errors import is_whole, require, unknown
 from rlx.types import Box, PyTree, Spec, TimeStep
 
 SIZE, MIDDLE = 25, 12
@@ -82,8 +82,7 @@ class Gridworld:
         starts = self.cells == FREE
         for field, line, along in (("start_row", start_row, starts), ("start_column", start_column, starts.T)):
             if line is not None:
-                whole = isinstance(line, int) and not isinstance(line, bool)
-                require(whole and 0 <= line < SIZE, field, line, f"a whole number from 0 to {SIZE - 1}, or None")
+                require(is_whole(line) and line < SIZE, field, line, f"a whole number from 0 to {SIZE - 1}, or None")
                 along[np.arange(SIZE) != line] = False  # a view of `starts`
         where = (start_row, start_column)
         require(bool(starts.any()), "start_row, start_column", where, f"no cell there is free in {layout}")

@@ -20,9 +20,8 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from envs.wrappers import is_count
 from rlx.environment import Environment, EnvState, real_time, render
-from rlx.errors import require
+from rlx.errors import is_whole, require
 from rlx.types import Box, PyTree, Spec, TimeStep
 
 METADATA: dict[str, Any] = {"render_modes": ["rgb_array"]}
@@ -91,7 +90,7 @@ class GymnasiumVectorEnv(gymnasium.vector.VectorEnv):
 
     def __init__(self, env: Environment, num_envs: int, params: PyTree = None, render_mode: str | None = None):
         check(env, render_mode)
-        require(is_count(num_envs), "num_envs", num_envs, "a whole number of at least 1")
+        require(is_whole(num_envs, 1), "num_envs", num_envs, "a whole number of at least 1")
         self.single_observation_space, self.single_action_space = spaces_of(env.spec)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)

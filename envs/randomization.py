@@ -25,9 +25,9 @@ import numpy as np
 from envs import physics
 from envs.adapter import foreign
 from envs.external import load_function
-from envs.wrappers import DomainRandomization, is_count
+from envs.wrappers import DomainRandomization
 from rlx.environment import Environment
-from rlx.errors import UserError, require
+from rlx.errors import UserError, is_whole, require
 
 if TYPE_CHECKING:
     from mujoco import mjx
@@ -50,7 +50,7 @@ def randomized(
     if wanted is None or wanted is False:
         require(variants is None, f"{name}: randomize_variants", variants, "it needs the override randomize")
         return env
-    require(variants is None or is_count(variants), f"{name}: randomize_variants", variants, "a whole number from 1")
+    require(variants is None or is_whole(variants, 1), f"{name}: randomize_variants", variants, "a whole number from 1")
     what = f"{name}: randomize"
     if wanted is True:
         wanted = own

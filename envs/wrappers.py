@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx.environment import Environment, random_action, render
-from rlx.errors import UserError, require
+from rlx.errors import UserError, is_whole, require
 from rlx.types import Box, PyTree, Spec, TimeStep
 
 
@@ -139,7 +139,7 @@ class TimeLimit(Wrapper):
     """
 
     def __init__(self, env: Environment, episode_length: int):
-        require(is_count(episode_length), "episode_length", episode_length, "a whole number of at least 1")
+        require(is_whole(episode_length, 1), "episode_length", episode_length, "a whole number of at least 1")
         self.env, self.episode_length = env, episode_length
         inner = env.spec.episode_length
         shortest = episode_length if inner is None else min(inner, episode_length)
@@ -190,7 +190,7 @@ class ActionRepeat(Wrapper):
     """
 
     def __init__(self, env: Environment, num_repeats: int):
-        require(is_count(num_repeats), "action_repeat", num_repeats, "a whole number of at least 1")
+        require(is_whole(num_repeats, 1), "action_repeat", num_repeats, "a whole number of at least 1")
         # Around chunks no `spec` could say what one action means, by which data sets are compared.
         require(env.spec.action_chunk == 1, "action_repeat", num_repeats, "it goes inside of action chunks, not around")
         self.env, self.num_repeats = env, num_repeats
@@ -210,7 +210,7 @@ class ActionChunk(Wrapper):
     """
 
     def __init__(self, env: Environment, size: int):
-        require(is_count(size), "action_chunk", size, "a whole number of at least 1")
+        require(is_whole(size, 1), "action_chunk", size, "a whole number of at least 1")
         box = env.spec.action
         if not isinstance(box, Box) or len(box.shape) != 1:
             raise UserError(f"action_chunk = {size} needs continuous actions [a]; those of the environment are {box}.")
@@ -269,7 +269,7 @@ class DomainRandomization(Wrapper):
     def __init__(
         self, env: Environment, draw: Callable[[jax.Array], PyTree], num_variants: int | None = None, seed: int = 0
     ):
-        counted = num_variants is None or is_count(num_variants)
+        counted = num_variants is None or is_whole(num_variants, 1)
         require(counted, "num_variants", num_variants, "a whole number of at least 1, or None")
         self.env, self.draw, self.num_variants, self.seed, self.spec = env, draw, num_variants, seed, env.spec
         jax.eval_shape(self.params, jax.eval_shape(lambda: jax.random.key(0)), env.spec.params)
@@ -295,8 +295,3 @@ class DomainRandomization(Wrapper):
 
     def step(self, state: Any, action: jax.Array, key: jax.Array):
         return self.env.step(state, action, key)
-
-
-def is_count(value: Any) -> bool:
-    """Whether `value` is an integer of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

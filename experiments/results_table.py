@@ -16,8 +16,8 @@ from typing import Any
 
 from rlx.documents import Block, Heading, Paragraph, Table, markdown
 from rlx.errors import UserError, require
+from rlx.files import write_atomically
 from rlx.results import FLOOR, short
-from rlx.run_directory import write_atomically
 
 BEGIN = "<!-- Written by `make results` out of experiments/*/report/small/results.json. -->"
 END = "<!-- The end of what `make results` writes. -->"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,10 +26,9 @@ from rlx import storage
 from rlx.checkpoint_store import FORMAT, Damaged, Store, orbax, verify
 from rlx.distributed import on_first, several
 from rlx.errors import UserError, require
+from rlx.files import require_space
 from rlx.machine import versions
 from rlx.types import PyTree
-
-SPACE_MARGIN = 2**20  # bytes beside the arrays themselves: orbax's indices and the manifest
 
 
 def _is_key(leaf: Any) -> bool:
@@ -207,10 +205,7 @@ class Checkpointer:
 
     def _require_space(self, folder: Path, num_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.directory).free
-        if free < num_bytes + SPACE_MARGIN:
-            needs, has = (num_bytes + SPACE_MARGIN) / 2**20, free / 2**20
-            raise UserError(f"disk full: a checkpoint in {self.directory} needs {needs:,.1f} MiB, {has:,.1f} MiB free.")
+        require_space(self.directory, num_bytes, f"a checkpoint in {self.directory}")
 
     def _finish(self, name: str) -> None:
         future = self._pending.pop(name, None)

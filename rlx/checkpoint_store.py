@@ -27,7 +27,7 @@ import numpy as np
 from rlx import storage
 from rlx.distributed import is_first, on_first
 from rlx.errors import UserError
-from rlx.run_directory import write_atomically
+from rlx.files import write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"

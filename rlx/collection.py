@@ -61,8 +61,7 @@ def num_envs_of(env: Environment, steps: int, wanted: int) -> int:
     if wanted:
         require(1 <= wanted <= steps, "num_envs", wanted, f"from 1 to the {steps:,} steps of a part")
         return wanted
-    decisions = -(-(env.spec.episode_length or 1000) // env.spec.action_repeat)
-    return max(1, min(MAX_ENVS, steps // decisions))
+    return max(1, min(MAX_ENVS, steps // env.spec.decisions))
 
 
 def collect(

@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -32,11 +31,11 @@ import numpy as np
 
 from rlx.environment import Environment
 from rlx.errors import UserError
+from rlx.files import require_space
 from rlx.machine import available_memory
 from rlx.types import Box, PyTree
 
 FORMAT = 1
-SPACE_MARGIN = 2**20  # bytes beside the columns: the directory of the archive and the metadata
 
 
 class Column(NamedTuple):
@@ -89,10 +88,7 @@ def check_target(path: str | Path, num_bytes: int = 0, overwrite: bool = False) 
         raise UserError(f"the folder of {str(path)!r} does not exist.")
     if file.is_dir() or (file.exists() and not overwrite):
         raise UserError(f"{str(path)!r} exists already; name another file, or use --overwrite.")
-    free = shutil.disk_usage(file.absolute().parent).free
-    if free < num_bytes + SPACE_MARGIN:
-        needs, has = (num_bytes + SPACE_MARGIN) / 2**20, free / 2**20
-        raise UserError(f"disk full: {str(path)!r} needs {needs:,.1f} MiB, {has:,.1f} MiB free.")
+    require_space(file.absolute().parent, num_bytes, repr(str(path)))
 
 
 def write(path: str | Path, columns: Mapping[str, Column], metadata: Mapping[str, Any], overwrite: bool = False) -> str:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rlx.machine import DRAWING, OFFSCREEN, draws, menagerie_path, usable_cores, versions
+from rlx.machine import DRAWING, OFFSCREEN, available_memory, draws, menagerie_path, mib, usable_cores, versions
 
 
 def examine() -> Iterator[str]:
@@ -69,15 +69,10 @@ def check_processors() -> str:
 
 
 def check_memory() -> str:
-    if not Path("/proc/meminfo").exists():
-        return "unknown: no /proc/meminfo"
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(lines[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = f"{free:.1f} of {total:.1f} GiB available"
-    if limit.exists() and limit.read_text().strip() != "max":
-        text += f", this container may use {int(limit.read_text()) / 2**30:.1f}"
-    return text + ("" if free > 4 else "; compiling a humanoid needs about 4")
+    free = available_memory()
+    if free is None:
+        return "unknown: neither /proc/meminfo nor a container says"
+    return f"{mib(free)} available" + ("" if free > 2**32 else "; compiling a humanoid needs about 4 GiB")
 
 
 def check_disk() -> str:

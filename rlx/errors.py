@@ -25,5 +25,15 @@ def require(ok: bool, field: str, value: object, allowed: str) -> None:
         raise UserError(f"{field} = {value!r} is not possible: {allowed}.")
 
 
+def is_whole(value: object, lowest: int = 0) -> bool:
+    """Whether `value` is an integer, and no bool, of at least `lowest`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+
+
+def check_seed(seed: int, field: str = "seed") -> None:
+    """Raises UserError for one that would silently be another one's keys."""
+    require(0 <= seed < 2**32, field, seed, "an integer from 0 to 2^32 - 1")
+
+
 class NonFiniteError(UserError):
     """Training met a NaN or an infinity. The last good checkpoint stays."""

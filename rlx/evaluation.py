@@ -80,17 +80,12 @@ def make_player(
     """What `make_evaluate` does, a decision at a time. With a `mesh` there are as many episodes on every device, so at
     times more than `num_episodes`: those behind are nobody's.
     """
-    limit = env.spec.episode_length
-    require(
-        bool(max_decisions or limit),
-        "max_decisions",
-        max_decisions,
-        "at least 1, for the environment has no time limit",
-    )
+    allowed = "at least 1, for the environment has no time limit"
+    require(bool(max_decisions or env.spec.episode_length), "max_decisions", max_decisions, allowed)
     reset_envs = on_parts(jax.vmap(lambda key: env.reset(key, env.spec.params)), mesh)
     step_envs = on_parts(jax.vmap(env.step), mesh)
     num_episodes += -num_episodes % (mesh.size if mesh else 1)
-    decisions = max_decisions or -(-(limit or 0) // env.spec.action_repeat)
+    decisions = max_decisions or env.spec.decisions
 
     def play(policy: Policy, key: Key, env_state: Any, obs: PyTree, memory: Memory):
         act_key, step_key = jax.random.split(key)

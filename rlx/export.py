@@ -32,8 +32,8 @@ import numpy as np
 
 from rlx.algorithm import Algorithm, Mode, Policy
 from rlx.errors import UserError, require
+from rlx.files import write_atomically
 from rlx.machine import versions
-from rlx.run_directory import write_atomically
 from rlx.types import Box, PyTree, Spec
 
 FORMAT = 1

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from rlx.algorithm import Algorithm, Mode, Policy
-from rlx.errors import UserError, require, unknown
+from rlx.errors import UserError, check_seed, require, unknown
 from rlx.evaluation import EvalResult
 from rlx.types import Discrete, PyTree, Spec
 
@@ -55,7 +55,7 @@ def evaluate_gymnasium(
     """
     require(num_episodes >= 1, "num_episodes", num_episodes, "at least 1")
     require(mode in ("greedy", "sample"), "mode", mode, "greedy or sample")
-    require(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2^32 - 1")
+    check_seed(seed)
     require(max_decisions >= 0, "max_decisions", max_decisions, "at least 0")
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(contextlib.closing(make(task)))

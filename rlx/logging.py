@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rlx.errors import UserError
-from rlx.run_directory import RunDirectory, read_metrics, write_atomically
+from rlx.files import write_atomically
+from rlx.run_directory import RunDirectory, read_metrics
 
 
 class Writer(Protocol):

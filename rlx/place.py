@@ -11,10 +11,11 @@ from typing import Any
 from rlx import group, storage
 from rlx.distributed import check_shared, on_first, several
 from rlx.errors import require
+from rlx.files import locked
 from rlx.logging import Progress
 from rlx.recording import check_alone
 from rlx.records import check_same_settings, note_resume, say_other_devices
-from rlx.run_directory import RunDirectory, locked
+from rlx.run_directory import RunDirectory
 
 LOST = 60.0  # seconds in which processes of a run that lost one of them end, and leave its directory
 

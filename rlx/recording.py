@@ -16,9 +16,10 @@ from rlx.checkpoint import Checkpointer, first_nonfinite
 from rlx.distributed import is_first, on_first
 from rlx.errors import NonFiniteError, UserError
 from rlx.evaluation import EvalResult
+from rlx.files import write_atomically
 from rlx.logging import JsonlWriter, Progress, TensorboardWriter, WandbWriter, Writer
 from rlx.plotting import plot
-from rlx.run_directory import RunDirectory, group_of, read_metrics, write_atomically
+from rlx.run_directory import RunDirectory, group_of, read_metrics
 from rlx.storage import Mirror, put
 
 

@@ -14,9 +14,10 @@ from rlx import external
 from rlx.algorithm import Data, Policy
 from rlx.environment import Environment
 from rlx.errors import UserError, require
+from rlx.files import write_atomically
 from rlx.logging import Progress
 from rlx.machine import commit, usable_cores, versions
-from rlx.run_directory import RunDirectory, write_atomically
+from rlx.run_directory import RunDirectory
 from rlx.schedule import Schedule
 
 SHIPPED = "rlx.algorithms."

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlx.comparison import MIN_RUNS, sentence
 from rlx.documents import Block, Code, Heading, Paragraph, Picture, Table, markdown, page
+from rlx.files import write_atomically
 from rlx.findings import Findings, changed_settings, machine_of, numbers
 from rlx.pictures import draw_curves, draw_profile, draw_scores, png
 from rlx.results import FLOOR, short
-from rlx.run_directory import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

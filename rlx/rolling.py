@@ -128,11 +128,8 @@ def first_episodes(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """The first episodes of `number` environments whose observations are vectors: of each the observations [L + 1, d],
     the final one last; and their returns [number]. Those without an end are cut at the environment's time limit."""
-    decisions = -(-(env.spec.episode_length or 1000) // env.spec.action_repeat)
-    quiet = Progress(quiet=True)
-    rolled = roll_out(
-        env, algorithm, policy, mode, number * decisions, number, "always", key, quiet, lambda steps: None
-    )
+    quiet, steps = Progress(quiet=True), number * env.spec.decisions
+    rolled = roll_out(env, algorithm, policy, mode, steps, number, "always", key, quiet, lambda steps: None)
     ended = rolled.terminated | rolled.truncated
     lengths = ended.argmax(axis=1) + 1
     finals = np.append(0, np.cumsum(ended.sum(axis=1))[:-1])  # where an environment's own begin

@@ -1,4 +1,4 @@
-"""Run directories: what each file in them is for, how they are made, opened, locked and kept from being lost."""
+"""Run directories: what each file in them is for, how they are made, opened and kept from being lost."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 import math
 import os
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlx import storage
 from rlx.errors import UserError
+from rlx.files import write_atomically
 from rlx.machine import versions
+from rlx.storage import RUNS
 
 FORMAT = 1  # of config.json
 FAILED = "failed.json"  # of a run among many that met a NaN or an infinity: step, error
@@ -22,17 +22,6 @@ ON_GYMNASIUM = "eval_gymnasium.json"  # as eval.json, of one of Gymnasium's task
 OWN_FILES = tuple("config.json metrics.jsonl tensorboard wandb checkpoints eval.json curve.png".split())
 OWN_FILES += (ON_GYMNASIUM, FAILED)
 FINISHED = "finished.json"  # in the folder of a sweep's or a study's program, once nothing of it is left to run
-RUNS = "runs.json"  # in a folder of many runs: their names
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file as a whole: whoever reads `path`, at any moment, finds the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write it too
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def run_directories(path: str | os.PathLike[str]) -> list[Path]:
@@ -52,31 +41,6 @@ def group_of(path: str | os.PathLike[str]) -> Path | None:
     folder = Path(path).absolute()
     whole = folder.parent
     return whole if (whole / RUNS).is_file() and folder in run_directories(whole) else None
-
-
-@contextmanager
-def locked(path: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None]:
-    """Holds an existing folder against other processes that train into it, until they end or are killed.
-
-    Raises UserError where one still does after `patience` seconds. File systems without locks go without.
-    """
-    import fcntl
-
-    handle, last = os.open(path, os.O_RDONLY), time.monotonic() + patience
-    try:
-        with suppress(OSError):
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() >= last:
-                        text = f"{str(path)!r}: another process trains there; wait for it, or stop it."
-                        raise storage.BusyError(text) from error
-                time.sleep(0.5)
-        yield
-    finally:
-        os.close(handle)
 
 
 class RunDirectory:

@@ -11,7 +11,7 @@ import jax
 from rlx import settings
 from rlx.algorithm import Plan
 from rlx.environment import Environment
-from rlx.errors import require
+from rlx.errors import check_seed, require
 from rlx.sharding import same_on_any_device
 
 MAX_STEPS_PER_EPOCH = 2**19  # seconds on a CPU: a signal is answered at an epoch's end
@@ -66,11 +66,6 @@ class Schedule(NamedTuple):
         """Whether one of `times` evenly spaced events falls on the epoch that ends at `iteration`."""
         epoch = -(-iteration // self.iterations_per_epoch)
         return epoch * times // self.num_epochs > (epoch - 1) * times // self.num_epochs
-
-
-def check_seed(seed: int) -> None:
-    """Raises UserError for one that would silently be another one's keys."""
-    require(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2^32 - 1")
 
 
 def make_schedule(env: Environment, config: TrainConfig, num_runs: int = 1) -> Schedule:

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from rlx.errors import UserError, require
+from rlx.files import BusyError, locked
 
+RUNS = "runs.json"  # in a folder of many runs: their names
 WRITER = "writer.json"
 OURS = uuid.uuid4().hex  # this process's id in it
 
@@ -96,8 +98,6 @@ def fetch(path: str | os.PathLike[str]) -> Path:
             not collapsed, "run_dir", os.fspath(path), "an address is a str; a pathlib.Path drops one of its slashes"
         )
         return Path(path).absolute()
-    from rlx.run_directory import RUNS, locked
-
     address = os.fspath(path).rstrip("/")
     _check(address)
     there, folder = home(address), staging() / address.replace("://", "/")
@@ -123,8 +123,6 @@ def fetch(path: str | os.PathLike[str]) -> Path:
 
 def _download(there: Any, folder: Path) -> None:
     """Replaces the logs in a staged folder, but for those of runs in it that train now, and W&B's, which lie here."""
-    from rlx.run_directory import locked
-
     busy = {"wandb"}
     for old in folder.iterdir():
         if not old.is_dir():
@@ -140,10 +138,6 @@ def _download(there: Any, folder: Path) -> None:
         if file.name != WRITER and target.relative_to(folder).parts[0] not in busy:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read_bytes())
-
-
-class BusyError(UserError):
-    """Another process trains into a folder."""
 
 
 def claim(folder: Path) -> None:

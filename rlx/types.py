@@ -83,3 +83,8 @@ class Spec:
     params: PyTree = ()  # the default of what may differ between episodes
     physics: str = ""  # the engine that simulates it, where there is a choice
     name: str = ""  # `suite/name` where `envs.make` made it, for records and titles
+
+    @property
+    def decisions(self) -> int:
+        """How many an episode has up to its time limit; up to 1000 steps where there is none."""
+        return -(-(self.episode_length or 1000) // self.action_repeat)

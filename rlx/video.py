@@ -23,8 +23,8 @@ from rlx.algorithm import Key, Policy
 from rlx.environment import Environment, real_time, render
 from rlx.errors import UserError, require
 from rlx.evaluation import Player
+from rlx.files import write_atomically
 from rlx.machine import DRAWING, OFFSCREEN, draws
-from rlx.run_directory import write_atomically
 from rlx.types import Spec
 
 # Frames a second: a gif counts in hundredths, and players skip 1.

@@ -18,8 +18,9 @@ from rlx import cli, distributed, external
 from rlx.checkpoint import Checkpointer
 from rlx.cli.processes import lost_others, take_flags
 from rlx.errors import UserError
+from rlx.files import locked
 from rlx.machine import versions
-from rlx.run_directory import locked, read_metrics
+from rlx.run_directory import read_metrics
 from rlx.schedule import TrainConfig, make_schedule
 from tests.test_kill import CHECKPOINTS, EPOCHS, REPORT, RUNS, SIZES, Rlx, assert_same_run, restored
 from tests.worlds import Counter

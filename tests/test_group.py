@@ -19,10 +19,11 @@ from rlx import cli, records
 from rlx.algorithms import ppo
 from rlx.checkpoint import Checkpointer
 from rlx.errors import NonFiniteError, UserError
+from rlx.files import locked
 from rlx.group import varied_settings
 from rlx.learners import load_policy
 from rlx.logging import Progress
-from rlx.run_directory import RunDirectory, locked, read_metrics, run_directories
+from rlx.run_directory import RunDirectory, read_metrics, run_directories
 from rlx.schedule import TrainConfig
 from rlx.training import train, train_many
 from tests.test_training import assert_same_state, without_time

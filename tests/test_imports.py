@@ -21,6 +21,7 @@ SHARED |= {"off_policy", "on_policy", "optimization", "sharding", "actors", "age
 DRIVER = {"training", "rollout", "evaluation", "checkpoint", "checkpoint_store", "compilation", "data", "logging"}
 DRIVER |= {
     "epoch",
+    "files",
     "footprint",
     "schedule",
     "place",

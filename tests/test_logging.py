@@ -14,8 +14,9 @@ import pytest
 
 from rlx import logging
 from rlx.errors import UserError
+from rlx.files import locked
 from rlx.logging import JsonlWriter, Progress, TensorboardWriter, WandbWriter
-from rlx.run_directory import RunDirectory, group_of, locked, read_metrics
+from rlx.run_directory import RunDirectory, group_of, read_metrics
 
 
 class Terminal(io.StringIO):
@@ -159,7 +160,7 @@ def test_writers_hold_no_file_open(tmp_path):
 
 
 def test_a_run_that_one_process_trains_is_refused_to_another(tmp_path):
-    code = "import sys\nfrom rlx.run_directory import locked\n"
+    code = "import sys\nfrom rlx.files import locked\n"
     code += "with locked(sys.argv[1]): print('in', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -101,6 +101,7 @@ def test_a_time_limit_counts_inner_steps_on_either_side_of_an_action_repeat():
     inside, outside = ActionRepeat(TimeLimit(Count(), 4), 3), TimeLimit(ActionRepeat(Count(), 3), 4)
     assert [float(t.info["steps"]) for _, t in play(inside, 2)] == [3.0, 1.0]
     assert endings(play(inside, 2)) == endings(play(outside, 2)) == [(False, False), (False, True)]
+    assert inside.spec.decisions == outside.spec.decisions == 2 and Count().spec.decisions == 1000
 
 
 def test_nested_action_repeats_multiply():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from rlx.errors import UserError, require, unknown
+from rlx.errors import UserError, is_whole, require, unknown
 
 if TYPE_CHECKING:
     import jax
@@ -104,8 +104,7 @@ def make(
     threads that is none, ValueError or NotImplementedError out of MJX for a model that it cannot simulate.
     """
     name = resolve(physics)
-    whole = isinstance(threads, int) and not isinstance(threads, bool)
-    require(whole and threads >= 0, "physics_threads", threads, "a whole number of at least 0; 0 for all cores")
+    require(is_whole(threads), "physics_threads", threads, "a whole number of at least 0; 0 for all cores")
     if name == "mujoco":
         from envs.physics.native import Native
 

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from rlx.algorithm import Plan
 from rlx.algorithms import dppo, fpo, ppo
 from rlx.compilation import compile_program
+from rlx.files import write_atomically
 from rlx.machine import usable_cores, versions
-from rlx.run_directory import write_atomically
 from rlx.types import Box, Spec
 
 RESULTS = Path(__file__).parent / "results" / "acting.json"

@@ -40,8 +40,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlx.files import write_atomically
 from rlx.machine import commit, usable_cores, versions
-from rlx.run_directory import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 CONTENDERS = (("brax", "mjx"), ("rlx", "mjx"), ("rlx", "auto"))

@@ -27,8 +27,8 @@ import numpy as np
 
 from rlx.algorithm import Plan
 from rlx.algorithms import hasac, maddpg, mappo
+from rlx.files import write_atomically
 from rlx.machine import usable_cores, versions
-from rlx.run_directory import write_atomically
 from rlx.types import Box, Spec, Transition
 
 RESULTS = Path(__file__).parent / "results" / "agents.json"

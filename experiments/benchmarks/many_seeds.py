@@ -24,8 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rlx.files import write_atomically
 from rlx.machine import commit, usable_cores, versions
-from rlx.run_directory import read_metrics, write_atomically
+from rlx.run_directory import read_metrics
 
 RESULTS = Path(__file__).parent / "results" / "many_seeds.json"
 ENVS = ("gymnax/CartPole-v1", "gymnax/Pendulum-v1", "probe/lqr")

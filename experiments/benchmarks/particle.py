@@ -30,9 +30,9 @@ import envs
 from rlx.algorithm import Plan
 from rlx.collection import random_policy
 from rlx.compilation import compile_program
+from rlx.files import write_atomically
 from rlx.machine import usable_cores, versions
 from rlx.rollout import make_source
-from rlx.run_directory import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "particle.json"
 WARM_UPS = 2

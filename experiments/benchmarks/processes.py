@@ -27,8 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rlx.files import write_atomically
 from rlx.machine import commit, usable_cores, versions
-from rlx.run_directory import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "processes.json"
 WARM_UPS = 2

@@ -30,9 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx.algorithm import Plan
+from rlx.files import write_atomically
 from rlx.machine import mib, usable_cores, versions
 from rlx.replay import Replay, make_replay
-from rlx.run_directory import write_atomically
 from rlx.types import Box, Spec, Transition
 
 RESULTS = Path(__file__).parent / "results" / "replay.json"

@@ -41,8 +41,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlx.files import write_atomically
 from rlx.machine import usable_cores, versions
-from rlx.run_directory import write_atomically
 from rlx.types import Box, Spec, TimeStep
 
 RESULTS = Path(__file__).parent / "results" / "sac_updates.json"

@@ -26,8 +26,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlx.files import write_atomically
 from rlx.machine import versions
-from rlx.run_directory import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 DEVICES = (1, 8, 64, 256)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlx.cli.pairs import LoadedRun, load_run, split_share
-from rlx.errors import UserError, require
+from rlx.errors import UserError, check_seed, require
 from rlx.logging import Progress
 
 WORDS = ("random", "latest", "best")
@@ -52,7 +52,7 @@ def collect(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     require(options.steps >= 1, "--steps", options.steps, "at least 1")
     require(options.num_envs >= 0, "--num-envs", options.num_envs, "at least 0")
-    require(0 <= options.seed < 2**32, "--seed", options.seed, "an integer from 0 to 2^32 - 1")
+    check_seed(options.seed, "--seed")
     sources = [parse_source(source, options.policy) for source in options.sources]
     with Progress(quiet=options.quiet) as shown:
         with shown.phase("building"):

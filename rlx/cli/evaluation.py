@@ -10,8 +10,9 @@ from typing import Any
 from rlx import storage
 from rlx.cli.pairs import load_run, settings_of
 from rlx.errors import require
+from rlx.files import write_atomically
 from rlx.logging import Progress
-from rlx.run_directory import FAILED, ON_GYMNASIUM, RunDirectory, run_directories, write_atomically
+from rlx.run_directory import FAILED, ON_GYMNASIUM, RunDirectory, run_directories
 
 
 def evaluate(arguments: list[str]) -> int:

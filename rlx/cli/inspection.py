@@ -23,8 +23,9 @@ from rlx.cli.pairs import (
     with_overrides,
 )
 from rlx.errors import UserError
+from rlx.files import write_atomically
 from rlx.logging import Progress
-from rlx.run_directory import run_directories, write_atomically
+from rlx.run_directory import run_directories
 
 
 def plot(arguments: list[str]) -> int:

@@ -31,7 +31,8 @@ from rlx.cli.pairs import (
 from rlx.cli.programs import failures, finished, spread_over_cpu, train_program
 from rlx.errors import UserError, require, unknown
 from rlx.logging import Progress
-from rlx.run_directory import RUNS, RunDirectory, run_directories
+from rlx.run_directory import RunDirectory, run_directories
+from rlx.storage import RUNS
 from rlx.study import Program, load, programs, run_name, select
 
 if TYPE_CHECKING:

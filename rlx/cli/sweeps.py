@@ -29,9 +29,10 @@ from rlx.cli.pairs import (
 )
 from rlx.cli.programs import failures, finished, spread_over_cpu, train_program
 from rlx.errors import UserError, require
+from rlx.files import write_atomically
 from rlx.logging import Progress
 from rlx.machine import versions
-from rlx.run_directory import FAILED, RunDirectory, read_metrics, write_atomically
+from rlx.run_directory import FAILED, RunDirectory, read_metrics
 
 FILE = "sweep.json"
 FORMAT = 1  # of that file
