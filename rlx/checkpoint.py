@@ -201,6 +201,7 @@ class Checkpointer:
                 raise self._unwritten(error) from error
             return
         arrays = {path: _host_copy(leaf) for path, leaf in leaves.items() if leaf.size}
+        orbax()  # imported here: two threads that import at once may fail (CPython 3.11)
         self._pending[name] = self._thread.submit(store.write, int(step), arrays, manifest)
 
     def _require_space(self, folder: Path, num_bytes: int) -> None:
