@@ -16,6 +16,7 @@ Two things keep float32 honest:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import chex
 import jax
@@ -146,3 +147,8 @@ def normalize(stats: RunningStatistics, obs: PyTree, clip: float | jax.Array = m
         return jnp.clip((x.astype(jnp.float32) - origin - shift) / std, -clip, clip)
 
     return jax.tree.map(leaf, obs, stats.origin, stats.shift, stats.std)
+
+
+def observe(config: Any, stats: RunningStatistics, obs: PyTree) -> PyTree:
+    """Observations as the networks of a learner read them, whose Config has `normalize_obs`."""
+    return normalize(stats, obs, clip=10.0) if config.normalize_obs else obs

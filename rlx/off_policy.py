@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlx import agents, normalize
-from rlx.algorithm import Key, Plan
+from rlx.algorithm import Key, Mode, Plan
 from rlx.environment import random_action
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, activation, keep, select
@@ -66,6 +66,15 @@ class Experience(NamedTuple):
     random: jax.Array  # () bool: whether the next trajectory is gathered by random actions
 
 
+class OffPolicyState(NamedTuple):
+    learned: Any  # what a gradient step changes: the algorithm's `Learned`
+    experience: Experience
+
+    @property
+    def params(self) -> dict[str, PyTree]:
+        return self.learned.params
+
+
 class Explorer(NamedTuple):
     """The part of `Experience` that acting needs."""
 
@@ -73,14 +82,19 @@ class Explorer(NamedTuple):
     random: PyTree  # () bool in mode "explore", else ()
 
 
+class ActingPolicy(NamedTuple):
+    actor: PyTree
+    explorer: Explorer
+
+
 class OffPolicy(NamedTuple):
     """Pure functions around an algorithm's gradient step."""
 
-    init: Callable[[Explorer | None], Experience]  # of another run's policy, if any: then no action is random
+    init: Callable[[Any, ActingPolicy | None], OffPolicyState]  # (learned, another run's policy): then none is random
+    policy: Callable[[OffPolicyState, Mode], ActingPolicy]
     observe: Callable[[PyTree, PyTree], PyTree]  # (statistics, obs): the entries that networks read, normalised
-    explore: Callable[[Explorer, jax.Array, Key], jax.Array]  # (explorer, the policy's action [B, a], key)
-    update: Callable[..., tuple[Any, Experience, Metrics]]  # (step, carry, experience, trajectory, iteration, key)
-    explorer: Callable[[Experience, str], Explorer]  # of (experience, mode)
+    explore: Callable[[ActingPolicy, jax.Array, Key, Mode], jax.Array]  # (policy, its action [B, a], key, mode)
+    update: Callable[..., tuple[OffPolicyState, Metrics]]  # (step, state, trajectory, iteration, key)
     updates: int  # gradient steps an iteration
 
 
@@ -97,24 +111,23 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
     sizes = (online, config.data_batch)
     replay: Replay = make_replay(config.replay_size, sizes, plan, spec, config.replay_dtype, paid)
 
-    def init(start: Explorer | None) -> Experience:
-        statistics = normalize.init(spec.obs) if start is None else start.statistics
-        return Experience(
-            replay.init() if online else (),
-            statistics,
-            jnp.asarray(config.random_prefill and gathering > 0 and start is None),
-        )
+    def init(learned: Any, policy: ActingPolicy | None) -> OffPolicyState:
+        statistics = normalize.init(spec.obs) if policy is None else policy.explorer.statistics
+        random = jnp.asarray(config.random_prefill and gathering > 0 and policy is None)
+        return OffPolicyState(learned, Experience(replay.init() if online else (), statistics, random))
+
+    def policy(state: OffPolicyState, mode: Mode) -> ActingPolicy:
+        random = state.experience.random if mode == "explore" else ()
+        return ActingPolicy(state.params["actor"], Explorer(state.experience.statistics, random))
 
     def observe(statistics: normalize.RunningStatistics, obs: PyTree) -> PyTree:
-        obs = keep(obs, *keys)
-        return normalize.normalize(statistics, obs, clip=10.0) if config.normalize_obs else obs
+        return normalize.observe(config, statistics, keep(obs, *keys))
 
-    def explorer(experience: Experience, mode: str) -> Explorer:
-        return Explorer(experience.statistics, experience.random if mode == "explore" else ())
-
-    def explore(explorer: Explorer, action: jax.Array, key: Key) -> jax.Array:
+    def explore(policy: ActingPolicy, action: jax.Array, key: Key, mode: Mode) -> jax.Array:
+        if mode != "explore":
+            return action
         draws = jax.vmap(lambda key: random_action(spec, key))(jax.random.split(key, action.shape[0]))
-        return jnp.where(explorer.random, draws, action)
+        return jnp.where(policy.explorer.random, draws, action)
 
     def pay(reward: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Rewards [*shape] or [*shape, N] as they are learnt from."""
@@ -138,13 +151,12 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
 
     def update(
         step: Callable[[Any, Batch, jax.Array, Key], tuple[Any, Metrics]],
-        carry: Any,
-        experience: Experience,
+        state: OffPolicyState,
         trajectory: Transition,
         iteration: jax.Array,
         key: Key,
-    ) -> tuple[Any, Experience, Metrics]:
-        """Stores a trajectory and runs `step(carry, batch, count, key) -> (carry, metrics)` on fresh draws.
+    ) -> tuple[OffPolicyState, Metrics]:
+        """Stores a trajectory and runs `step(learned, batch, count, key) -> (learned, metrics)` on fresh draws.
 
         `count`: () int32, gradient steps before this one in the iteration. Metrics are means, and 0 while there is
         nothing but gathering. The statistics of observations come first: no gradient step is taken without any.
@@ -156,27 +168,30 @@ def make_off_policy(config: Any, spec: Spec, plan: Plan, data: Draw | None = Non
         obs = keep(trajectory.obs, *keys)
         reward = pay(trajectory.reward, shape)
         trajectory = trajectory._replace(obs=obs, reward=reward, next_obs=keep(trajectory.next_obs, *keys))
+        experience = state.experience
         if config.normalize_obs:
             experience = experience._replace(statistics=normalize.update(experience.statistics, obs))
         if online:
             experience = experience._replace(rows=replay.insert(experience.rows, trajectory, iteration))
 
-        def one(carry: Any, inputs: tuple[jax.Array, Key]):
+        def one(learned: Any, inputs: tuple[jax.Array, Key]):
             count, (draw_key, step_key) = inputs
-            return step(carry, draw(experience, iteration, draw_key), count, step_key)
+            return step(learned, draw(experience, iteration, draw_key), count, step_key)
 
-        def learn(carry: Any, key: Key):
+        def learn(learned: Any, key: Key):
             counts = jnp.arange(updates, dtype=jnp.int32)
-            carry, metrics = jax.lax.scan(one, carry, (counts, jax.random.split(key, (updates, 2))))
-            return carry, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+            learned, metrics = jax.lax.scan(one, learned, (counts, jax.random.split(key, (updates, 2))))
+            return learned, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
-        def gather(carry: Any, key: Key):
-            return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, carry, key)[1])
+        def gather(learned: Any, key: Key):
+            metrics = jax.eval_shape(learn, learned, key)[1]
+            return learned, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
 
-        carry, metrics = jax.lax.cond(iteration + 1 >= gathering, learn, gather, carry, key)
-        return carry, experience._replace(random=experience.random & (iteration + 1 < gathering)), metrics
+        learned, metrics = jax.lax.cond(iteration + 1 >= gathering, learn, gather, state.learned, key)
+        random = experience.random & (iteration + 1 < gathering)
+        return OffPolicyState(learned, experience._replace(random=random)), metrics
 
-    return OffPolicy(init, observe, explore, update, explorer, updates)
+    return OffPolicy(init, policy, observe, explore, update, updates)
 
 
 def noisy(action: jax.Array, std: float | jax.Array, key: Key, clip: float | jax.Array = math.inf) -> jax.Array:

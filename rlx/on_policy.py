@@ -18,7 +18,7 @@ from rlx import normalize
 from rlx.algorithm import Key, Plan
 from rlx.errors import require
 from rlx.minibatches import check_minibatches, scan_minibatches
-from rlx.networks import activation, select
+from rlx.networks import MLP, activation, select
 from rlx.optimization import descend
 from rlx.returns import gae
 from rlx.sharding import per_env
@@ -109,9 +109,28 @@ def scale_rewards(
     return RewardScale(Discounted(last), statistics), jnp.clip(trajectory.reward / statistics.std, -10.0, 10.0)
 
 
-def observe(config: Any, statistics: normalize.RunningStatistics, obs: PyTree) -> PyTree:
-    """Observations as networks read them."""
-    return normalize.normalize(statistics, obs, clip=10.0) if config.normalize_obs else obs
+class Critic(NamedTuple):
+    """State values. `params` of `value` and `values` are those of the learner, {"critic", ...}."""
+
+    init: Callable[[Key], PyTree]
+    value: Callable[[PyTree, PyTree], jax.Array]  # (params, obs) -> [...]
+    values: Values
+
+
+def make_critic(config: Any, spec: Spec) -> Critic:
+    """A network of `critic_hidden` that reads `critic_obs_key`, [d]."""
+    network = MLP(config.critic_hidden, 1, config.activation)
+
+    def init(key: Key) -> PyTree:
+        return network.init(key, jnp.zeros(select(spec.obs, config.critic_obs_key).shape, jnp.float32))
+
+    def value(params: PyTree, obs: PyTree) -> jax.Array:
+        return network.apply(params["critic"], select(obs, config.critic_obs_key)).squeeze(-1)
+
+    def values(params: PyTree, trajectory: Transition) -> tuple[jax.Array, jax.Array]:
+        return value(params, trajectory.obs), value(params, trajectory.next_obs)
+
+    return Critic(init, value, values)
 
 
 def make_estimate(config: Any, values: Values) -> Callable[[PyTree, Transition], Batch]:
@@ -251,7 +270,7 @@ def around(
         if config.normalize_reward:
             scale, reward = scale_rewards(scale, trajectory, config.gamma)
             trajectory = trajectory._replace(reward=reward)
-        obs, next_obs = (observe(config, statistics, x) for x in (trajectory.obs, trajectory.next_obs))
+        obs, next_obs = (normalize.observe(config, statistics, x) for x in (trajectory.obs, trajectory.next_obs))
         batch = estimate(state.params, trajectory._replace(obs=obs, next_obs=next_obs))
         explained = 1 - (batch.targets - batch.values).var() / (batch.targets.var() + 1e-8)
         anneal = 1 - iteration / plan.num_iterations if config.anneal_lr else jnp.ones((), jnp.float32)
@@ -265,6 +284,12 @@ def around(
 def clipped_surrogate(ratio: jax.Array, advantages: jax.Array, clip_eps: float | jax.Array) -> jax.Array:
     """min(rho A, clip(rho, 1 - eps, 1 + eps) A), elementwise (PPO, eq. 7)."""
     return jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantages)
+
+
+def ratio_metrics(ratio: jax.Array, clip_eps: float | jax.Array) -> Metrics:
+    """How far a minibatch's ratios are from 1, where the policy that acted has them."""
+    away = jnp.abs(ratio - 1)
+    return {"clip_fraction": (away > clip_eps).mean(), "ratio_deviation": away.max()}
 
 
 def check(config: Any, spec: Spec, plan: Plan, name: str, segments: bool = False, of: str = "num_envs") -> None:

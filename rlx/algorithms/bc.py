@@ -172,8 +172,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
     include = normalize.update_range if config.statistics == "range" else normalize.update
 
     def seen(statistics: PyTree, obs: PyTree) -> jax.Array:
-        obs = normalize.normalize(statistics, obs, clip=10.0) if config.normalize_obs else obs
-        return select(obs, config.actor_obs_key)
+        return select(normalize.observe(config, statistics, obs), config.actor_obs_key)
 
     def init(key: Key, policy: BCPolicy | None = None) -> BCState:
         if policy is None:

@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlx import diffusion, on_policy
+from rlx import diffusion, normalize, on_policy
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.diffusion import draw, make_diffusion, steps_of
 from rlx.distributions import Normal
 from rlx.errors import require
-from rlx.networks import MLP, select
-from rlx.on_policy import Batch, OnPolicyState, clipped_surrogate, make_update
+from rlx.networks import select
+from rlx.on_policy import Batch, OnPolicyState, clipped_surrogate, make_critic, make_update, ratio_metrics
 from rlx.optimization import adam
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
 
@@ -143,14 +143,13 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
     steps, learnt = num_steps(config)
     frozen = steps - learnt
     actor = make_diffusion(config, spec)
-    critic = MLP(config.critic_hidden, 1, config.activation)
+    critic = make_critic(config, spec)
     optimizer = adam(config.max_grad_norm)
     rows = jax.tree.map(jnp.asarray, steps_of(actor.explore, frozen))
 
     def init(key: Key, policy: DPPOPolicy | None = None) -> DPPOState:
         actor_key, critic_key = jax.random.split(key)
-        obs = jnp.zeros(select(spec.obs, config.critic_obs_key).shape, jnp.float32)
-        params = {"actor": actor.init(actor_key), "critic": critic.init(critic_key, obs)}
+        params = {"actor": actor.init(actor_key), "critic": critic.init(critic_key)}
         base = params["actor"] if policy is None else policy.params.get("base", policy.params["actor"])
         if policy is not None:
             policy = policy._replace(params={"actor": policy.params["actor"]})
@@ -162,7 +161,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         return DPPOPolicy(params, state.learned.statistics)
 
     def act(policy: DPPOPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
-        obs = select(on_policy.observe(config, policy.statistics, obs), config.actor_obs_key)
+        obs = select(normalize.observe(config, policy.statistics, obs), config.actor_obs_key)
         x, noise = diffusion.noises(config, key, (*obs.shape[:-1], *action_shape), mode)
         table, floor = actor.evaluate, config.eval_min_std
         if mode == "explore":
@@ -213,18 +212,11 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         metrics = {
             "policy_loss": policy_loss,
             "kl": (ratio - 1 - (new - step.log_prob)).mean(),
-            "clip_fraction": (jnp.abs(ratio - 1) > clip_eps).mean(),
-            "ratio_deviation": jnp.abs(ratio - 1).max(),
+            **ratio_metrics(ratio, clip_eps),
         }
-        return policy_loss, value(params, obs), metrics
+        return policy_loss, critic.value(params, obs), metrics
 
-    def value(params: PyTree, obs: PyTree) -> jax.Array:
-        return critic.apply(params["critic"], select(obs, config.critic_obs_key)).squeeze(-1)
-
-    def values(params: PyTree, trajectory: Transition) -> tuple[jax.Array, jax.Array]:
-        return value(params, trajectory.obs), value(params, trajectory.next_obs)
-
-    learn = make_update(config, plan, optimizer, values, objective, prepare=prepare, stop_kl=config.stop_kl)
+    learn = make_update(config, plan, optimizer, critic.values, objective, prepare=prepare, stop_kl=config.stop_kl)
 
     def update(state: DPPOState, trajectory: Transition, iteration: jax.Array, key: Key):
         learned, metrics = learn(state.learned, trajectory, iteration, key)

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlx import flow, on_policy
+from rlx import flow, normalize, on_policy
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.errors import require
 from rlx.flow import make_flow
-from rlx.networks import MLP, select
-from rlx.on_policy import Batch, OnPolicyState, clipped_surrogate, make_update
+from rlx.networks import select
+from rlx.on_policy import Batch, OnPolicyState, clipped_surrogate, make_critic, make_update, ratio_metrics
 from rlx.optimization import adam
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
 
@@ -133,7 +133,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
     assert isinstance(spec.action, Box)
     action_shape = spec.action.shape
     actor = make_flow(config, spec)
-    critic = MLP(config.critic_hidden, 1, config.activation)
+    critic = make_critic(config, spec)
     optimizer = adam(config.max_grad_norm, weight_decay=config.weight_decay)
 
     def seen(obs: PyTree) -> jax.Array:
@@ -141,8 +141,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
 
     def init(key: Key, policy: FPOPolicy | None = None) -> FPOState:
         actor_key, critic_key = jax.random.split(key)
-        obs = jnp.zeros(select(spec.obs, config.critic_obs_key).shape, jnp.float32)
-        params = {"actor": actor.init(actor_key), "critic": critic.init(critic_key, obs)}
+        params = {"actor": actor.init(actor_key), "critic": critic.init(critic_key)}
         learned = on_policy.init(config, spec, plan, params, optimizer.init, policy)
         return FPOState(learned, jax.tree.map(jnp.copy, learned.params["actor"]))
 
@@ -151,7 +150,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         return FPOPolicy({"actor": weights}, state.learned.statistics)
 
     def act(policy: FPOPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
-        obs = seen(on_policy.observe(config, policy.statistics, obs))
+        obs = seen(normalize.observe(config, policy.statistics, obs))
         noise = flow.draw_noise(key, (*obs.shape[:-1], *action_shape), mode)
         raw_action = actor.sample(policy.params["actor"], obs, noise)
         return memory, jnp.tanh(raw_action), Extras(raw_action)
@@ -209,21 +208,14 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
             "policy_loss": policy_loss,
             "flow_loss": transition.extras.loss.mean(),
             "kl": (ratio - 1 - jnp.log(ratio)).mean(),
-            "clip_fraction": (jnp.abs(ratio - 1) > config.clip_eps).mean(),
-            "ratio_deviation": jnp.abs(ratio - 1).max(),
+            **ratio_metrics(ratio, config.clip_eps),
         }
         if config.entropy_samples:
             metrics["entropy"] = entropy(params, transition.obs, key)
             policy_loss -= config.entropy_coef * metrics["entropy"]
-        return policy_loss, value(params, transition.obs), metrics
+        return policy_loss, critic.value(params, transition.obs), metrics
 
-    def value(params: PyTree, obs: PyTree) -> jax.Array:
-        return critic.apply(params["critic"], select(obs, config.critic_obs_key)).squeeze(-1)
-
-    def values(params: PyTree, trajectory: Transition) -> tuple[jax.Array, jax.Array]:
-        return value(params, trajectory.obs), value(params, trajectory.next_obs)
-
-    learn = make_update(config, plan, optimizer, values, objective, prepare=prepare)
+    learn = make_update(config, plan, optimizer, critic.values, objective, prepare=prepare)
 
     def update(state: FPOState, trajectory: Transition, iteration: jax.Array, key: Key):
         learned, metrics = learn(state.learned, trajectory, iteration, key)

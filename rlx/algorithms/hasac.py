@@ -22,7 +22,7 @@ A network's slope at a one-hot action says little about the other actions; `valu
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.distributions import OneHotCategorical, TanhNormal
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, select
-from rlx.off_policy import Experience, Explorer, make_critics, make_off_policy
+from rlx.off_policy import ActingPolicy, OffPolicyState, make_critics, make_off_policy
 from rlx.optimization import adam, descend
 from rlx.replay import Batch, Draw
 from rlx.types import Discrete, Metrics, PyTree, Spec, Transition
@@ -89,20 +89,6 @@ class Learned(NamedTuple):
     optimizers: dict[str, optax.OptState]  # as params
 
 
-class HASACState(NamedTuple):
-    learned: Learned
-    experience: Experience
-
-    @property
-    def params(self) -> dict[str, PyTree]:
-        return self.learned.params
-
-
-class HASACPolicy(NamedTuple):
-    actor: PyTree
-    explorer: Explorer
-
-
 def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     off_policy.check(config, spec, plan, "hasac", several=True)
@@ -149,7 +135,7 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         """Of all agents, [..., N, a]."""
         return distribution(actors.apply(params, agents.rows(select(obs, config.actor_obs_key))), mask)
 
-    def init(key: Key, policy: HASACPolicy | None = None) -> HASACState:
+    def init(key: Key, policy: ActingPolicy | None = None) -> OffPolicyState:
         actor_key, critic_key = jax.random.split(key)
         critic = critics.init(critic_key)
         params = {
@@ -161,21 +147,18 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         states["actor"] = actors.each(optimizers["actor"].init)(params["actor"])
         states["log_alpha"] = jax.vmap(optimizers["log_alpha"].init)(params["log_alpha"])
         learned = Learned(params, jax.tree.map(jnp.copy, critic), states)
-        return HASACState(learned, experience.init(None if policy is None else policy.explorer))
+        return experience.init(learned, policy)
 
     def log_alphas(value: jax.Array) -> dict[str, jax.Array]:
         return {"log_alpha": jnp.broadcast_to(value, N), "log_critic_alpha": value}
 
-    def policy(state: HASACState, mode: Mode) -> HASACPolicy:
-        return HASACPolicy(state.params["actor"], experience.explorer(state.experience, mode))
-
-    def act(policy: HASACPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
+    def act(policy: ActingPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
         pi = policies(policy.actor, experience.observe(policy.explorer.statistics, obs))
         if mode == "greedy":
             return memory, agents.decode(pi.to_action(pi.mode())), ()
         sample_key, random_key = jax.random.split(key)
         action = agents.decode(pi.to_action(pi.sample(sample_key)))
-        return memory, experience.explore(policy.explorer, action, random_key) if mode == "explore" else action, ()
+        return memory, experience.explore(policy, action, random_key, mode), ()
 
     def targets(learned: Learned, batch: Batch, key: Key) -> jax.Array:
         """y, [batch]."""
@@ -265,13 +248,12 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         metrics["critic_grad_norm"] = optax.tree.norm(grads)
         return Learned(params, target_critic, states), metrics
 
-    def update(state: HASACState, trajectory: Transition, iteration: jax.Array, key: Key) -> tuple[HASACState, Any]:
-        learned = state.learned
+    def update(state: OffPolicyState, trajectory: Transition, iteration: jax.Array, key: Key):
         if config.anneal_alpha:
             share = iteration.astype(jnp.float32) / max(1, plan.num_iterations - 1)
             ends = jnp.log(jnp.asarray([config.init_alpha, config.final_alpha], jnp.float32))
-            learned = learned._replace(params=learned.params | log_alphas(ends[0] + share * (ends[1] - ends[0])))
-        learned, after, metrics = experience.update(step, learned, state.experience, trajectory, iteration, key)
-        return HASACState(learned, after), metrics
+            params = state.params | log_alphas(ends[0] + share * (ends[1] - ends[0]))
+            state = state._replace(learned=state.learned._replace(params=params))
+        return experience.update(step, state, trajectory, iteration, key)
 
-    return Algorithm(init, policy, lambda key: (), act, update)
+    return Algorithm(init, experience.policy, lambda key: (), act, update)

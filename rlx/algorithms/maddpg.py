@@ -19,7 +19,7 @@ with running statistics; one network may serve all agents (`share_params`).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.distributions import OneHotCategorical, real
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, select
-from rlx.off_policy import Experience, Explorer, make_critics, make_off_policy, noisy
+from rlx.off_policy import ActingPolicy, OffPolicyState, make_critics, make_off_policy, noisy
 from rlx.optimization import adam, descend
 from rlx.replay import Batch, Draw
 from rlx.types import Metrics, PyTree, Spec, Transition
@@ -79,20 +79,6 @@ class Learned(NamedTuple):
     optimizers: dict[str, optax.OptState]  # as params
 
 
-class MADDPGState(NamedTuple):
-    learned: Learned
-    experience: Experience
-
-    @property
-    def params(self) -> dict[str, PyTree]:
-        return self.learned.params
-
-
-class MADDPGPolicy(NamedTuple):
-    actor: PyTree
-    explorer: Explorer
-
-
 def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     off_policy.check(config, spec, plan, "maddpg", several=True, apart=not config.team_reward)
@@ -133,7 +119,7 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
     def bounded(action: jax.Array) -> jax.Array:
         return real(action, jnp.broadcast_to(mask, action.shape))
 
-    def init(key: Key, policy: MADDPGPolicy | None = None) -> MADDPGState:
+    def init(key: Key, policy: ActingPolicy | None = None) -> OffPolicyState:
         actor_key, critic_key = jax.random.split(key)
         params = {
             "actor": actors.init(actor_key) if policy is None else policy.actor,
@@ -142,18 +128,15 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         states = {"actor": actors.each(optimizer.init)(params["actor"])}
         states["critic"] = jax.vmap(optimizer.init)(params["critic"])
         learned = Learned(params, jax.tree.map(jnp.copy, params), states)
-        return MADDPGState(learned, experience.init(None if policy is None else policy.explorer))
+        return experience.init(learned, policy)
 
-    def policy(state: MADDPGState, mode: Mode) -> MADDPGPolicy:
-        return MADDPGPolicy(state.params["actor"], experience.explorer(state.experience, mode))
-
-    def act(policy: MADDPGPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
+    def act(policy: ActingPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
         out = outputs(policy.actor, experience.observe(policy.explorer.statistics, obs))
         if mode == "greedy":
             return memory, agents.decode(chosen(out)), ()
         noise_key, random_key = jax.random.split(key)
         action = agents.decode(drawn(out, noise_key, config.exploration_noise))
-        return memory, experience.explore(policy.explorer, action, random_key) if mode == "explore" else action, ()
+        return memory, experience.explore(policy, action, random_key, mode), ()
 
     def targets(learned: Learned, batch: Batch, key: Key) -> jax.Array:
         """y_i, [N, batch]."""
@@ -206,11 +189,10 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         )
         return learned, metrics | of_actors | {"critic_grad_norm": optax.tree.norm(grads)}
 
-    def update(state: MADDPGState, trajectory: Transition, iteration: jax.Array, key: Key) -> tuple[MADDPGState, Any]:
+    def update(state: OffPolicyState, trajectory: Transition, iteration: jax.Array, key: Key):
         def one(learned: Learned, batch: Batch, count: jax.Array, key: Key) -> tuple[Learned, Metrics]:
             return step(learned, batch, off_policy.turn(config.policy_delay, experience, iteration, count), key)
 
-        learned, after, metrics = experience.update(one, state.learned, state.experience, trajectory, iteration, key)
-        return MADDPGState(learned, after), metrics
+        return experience.update(one, state, trajectory, iteration, key)
 
-    return Algorithm(init, policy, lambda key: (), act, update)
+    return Algorithm(init, experience.policy, lambda key: (), act, update)

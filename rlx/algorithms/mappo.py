@@ -28,14 +28,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlx import actors, agents, on_policy
+from rlx import actors, agents, normalize, on_policy
 from rlx.actors import make_actor
 from rlx.agents import make_networks, masked
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.errors import require
 from rlx.minibatches import scan_minibatches
 from rlx.networks import MLP, select
-from rlx.on_policy import Batch, Learnt, OnPolicyState, adapted, clipped_surrogate, normalized, squared_error
+from rlx.on_policy import (
+    Batch,
+    Learnt,
+    OnPolicyState,
+    adapted,
+    clipped_surrogate,
+    normalized,
+    ratio_metrics,
+    squared_error,
+)
 from rlx.optimization import adam, descend
 from rlx.types import Box, Discrete, Metrics, PyTree, Spec, Transition
 
@@ -167,7 +176,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         return MAPPOPolicy({"actor": state.params["actor"]}, state.statistics)
 
     def act(policy: MAPPOPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
-        pi = distribution(policy.params["actor"], rows(on_policy.observe(config, policy.statistics, obs)))
+        pi = distribution(policy.params["actor"], rows(normalize.observe(config, policy.statistics, obs)))
         raw_action = pi.mode() if mode == "greedy" else pi.sample(key)
         extras = Extras(raw_action, pi.log_prob(raw_action), pi)
         return memory, team.merge(pi.to_action(raw_action)), extras
@@ -185,8 +194,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
             "policy_loss": -surrogate.mean(),
             "entropy": entropy.mean(),
             "kl": own.extras.distribution.kl(pi).mean(),
-            "clip_fraction": (jnp.abs(ratio - 1) > config.clip_eps).mean(),
-            "ratio_deviation": jnp.abs(ratio - 1).max(),
+            **ratio_metrics(ratio, config.clip_eps),
         }
         return -over_agents((surrogate + config.entropy_coef * entropy).mean(axis=(0, 1))), metrics
 

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlx import actors, on_policy
+from rlx import actors, normalize, on_policy
 from rlx.actors import make_actor
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.errors import require
 from rlx.networks import GRU, MLP, select
-from rlx.on_policy import Batch, OnPolicyState, clipped_surrogate, make_update
+from rlx.on_policy import Batch, OnPolicyState, clipped_surrogate, make_update, ratio_metrics
 from rlx.optimization import adam
 from rlx.types import PyTree, Spec, Transition
 
@@ -127,7 +127,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
         return PPOPolicy({k: state.params[k] for k in ("encoder", "actor")}, state.statistics)
 
     def act(policy: PPOPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
-        obs = on_policy.observe(config, policy.statistics, obs)
+        obs = normalize.observe(config, policy.statistics, obs)
         new_memory, features = encode(policy.params, memory, obs)
         pi = distribution(policy.params, obs, features)
         raw_action = pi.mode() if mode == "greedy" else pi.sample(key)
@@ -164,8 +164,7 @@ def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:
             "policy_loss": policy_loss,
             "entropy": entropy,
             "kl": transition.extras.distribution.kl(pi).mean(),
-            "clip_fraction": (jnp.abs(ratio - 1) > config.clip_eps).mean(),
-            "ratio_deviation": jnp.abs(ratio - 1).max(),
+            **ratio_metrics(ratio, config.clip_eps),
         }
         return policy_loss - config.entropy_coef * entropy, value(params, transition.obs, features), metrics
 

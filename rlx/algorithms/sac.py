@@ -16,7 +16,7 @@ updates for each step, bfloat16) are settings here too.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.distributions import TanhNormal
 from rlx.errors import require
 from rlx.networks import DTYPES, MLP, select
-from rlx.off_policy import Experience, Explorer, make_critics, make_off_policy
+from rlx.off_policy import ActingPolicy, OffPolicyState, make_critics, make_off_policy
 from rlx.optimization import adam, descend
 from rlx.replay import Batch, Draw
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
@@ -76,20 +76,6 @@ class Learned(NamedTuple):
     optimizers: dict[str, optax.OptState]  # as params
 
 
-class SACState(NamedTuple):
-    learned: Learned
-    experience: Experience
-
-    @property
-    def params(self) -> dict[str, PyTree]:
-        return self.learned.params
-
-
-class SACPolicy(NamedTuple):
-    actor: PyTree
-    explorer: Explorer
-
-
 def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     off_policy.check(config, spec, plan, "sac")
@@ -122,7 +108,7 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
     def distribution(params: PyTree, obs: PyTree) -> TanhNormal:
         return squashed_normal(actor.apply(params, select(obs, config.actor_obs_key)), config.min_std)
 
-    def init(key: Key, policy: SACPolicy | None = None) -> SACState:
+    def init(key: Key, policy: ActingPolicy | None = None) -> OffPolicyState:
         actor_key, critic_key = jax.random.split(key)
         obs = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), spec.obs)
         critic = critics.init(critic_key)
@@ -133,18 +119,15 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         }
         states = {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}
         learned = Learned(params, jax.tree.map(jnp.copy, critic), states)
-        return SACState(learned, experience.init(None if policy is None else policy.explorer))
+        return experience.init(learned, policy)
 
-    def policy(state: SACState, mode: Mode) -> SACPolicy:
-        return SACPolicy(state.params["actor"], experience.explorer(state.experience, mode))
-
-    def act(policy: SACPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
+    def act(policy: ActingPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
         pi = distribution(policy.actor, experience.observe(policy.explorer.statistics, obs))
         if mode == "greedy":
             return memory, pi.to_action(pi.mode()), ()
         sample_key, random_key = jax.random.split(key)
         action = pi.to_action(pi.sample(sample_key))
-        return memory, experience.explore(policy.explorer, action, random_key) if mode == "explore" else action, ()
+        return memory, experience.explore(policy, action, random_key, mode), ()
 
     def targets(learned: Learned, batch: Batch, action_key: Key, subset_key: Key) -> jax.Array:
         """y of eq. 3 and 5, [batch]."""
@@ -192,8 +175,7 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         metrics |= of_critic | of_actor | {"alpha": jnp.exp(params["log_alpha"])}
         return Learned(params, target_critic, states), metrics
 
-    def update(state: SACState, trajectory: Transition, iteration: jax.Array, key: Key) -> tuple[SACState, Any]:
-        learned, after, metrics = experience.update(step, state.learned, state.experience, trajectory, iteration, key)
-        return SACState(learned, after), metrics
+    def update(state: OffPolicyState, trajectory: Transition, iteration: jax.Array, key: Key):
+        return experience.update(step, state, trajectory, iteration, key)
 
-    return Algorithm(init, policy, lambda key: (), act, update)
+    return Algorithm(init, experience.policy, lambda key: (), act, update)

@@ -13,7 +13,7 @@ observations are normalised with running statistics when they are drawn, replay 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import optax
 from rlx import off_policy
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.networks import DTYPES, MLP, select
-from rlx.off_policy import Experience, Explorer, make_critics, make_off_policy, noisy
+from rlx.off_policy import ActingPolicy, OffPolicyState, make_critics, make_off_policy, noisy
 from rlx.optimization import adam, descend
 from rlx.replay import Batch, Draw
 from rlx.types import Box, Metrics, PyTree, Spec, Transition
@@ -67,20 +67,6 @@ class Learned(NamedTuple):
     optimizers: dict[str, optax.OptState]  # as params
 
 
-class TD3State(NamedTuple):
-    learned: Learned
-    experience: Experience
-
-    @property
-    def params(self) -> dict[str, PyTree]:
-        return self.learned.params
-
-
-class TD3Policy(NamedTuple):
-    actor: PyTree
-    explorer: Explorer
-
-
 def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     off_policy.check(config, spec, plan, "td3")
@@ -105,7 +91,7 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
     def actions(params: PyTree, obs: PyTree) -> jax.Array:
         return jnp.tanh(actor.apply(params, select(obs, config.actor_obs_key)).astype(jnp.float32))
 
-    def init(key: Key, policy: TD3Policy | None = None) -> TD3State:
+    def init(key: Key, policy: ActingPolicy | None = None) -> OffPolicyState:
         actor_key, critic_key = jax.random.split(key)
         obs = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), spec.obs)
         critic = critics.init(critic_key)
@@ -115,18 +101,15 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         }
         states = {name: optimizer.init(of_network) for name, of_network in params.items()}
         learned = Learned(params, jax.tree.map(jnp.copy, params), states)
-        return TD3State(learned, experience.init(None if policy is None else policy.explorer))
+        return experience.init(learned, policy)
 
-    def policy(state: TD3State, mode: Mode) -> TD3Policy:
-        return TD3Policy(state.params["actor"], experience.explorer(state.experience, mode))
-
-    def act(policy: TD3Policy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
+    def act(policy: ActingPolicy, memory: PyTree, obs: PyTree, key: Key, mode: Mode):
         action = actions(policy.actor, experience.observe(policy.explorer.statistics, obs))
         if mode == "greedy":
             return memory, action, ()
         noise_key, random_key = jax.random.split(key)
         action = noisy(action, config.exploration_noise, noise_key)
-        return memory, experience.explore(policy.explorer, action, random_key) if mode == "explore" else action, ()
+        return memory, experience.explore(policy, action, random_key, mode), ()
 
     def targets(learned: Learned, batch: Batch, key: Key) -> jax.Array:
         """y of eq. 10 with a' of eq. 14, [batch]."""
@@ -160,11 +143,10 @@ def make(config: Config, spec: Spec, plan: Plan, data: Draw | None = None) -> Al
         learned, of_actor = off_policy.delayed(config.policy_delay, turn, improve_actor, learned, batch)
         return learned, metrics | of_actor | {"critic_grad_norm": optax.tree.norm(grads)}
 
-    def update(state: TD3State, trajectory: Transition, iteration: jax.Array, key: Key) -> tuple[TD3State, Any]:
+    def update(state: OffPolicyState, trajectory: Transition, iteration: jax.Array, key: Key):
         def one(learned: Learned, batch: Batch, count: jax.Array, key: Key) -> tuple[Learned, Metrics]:
             return step(learned, batch, off_policy.turn(config.policy_delay, experience, iteration, count), key)
 
-        learned, after, metrics = experience.update(one, state.learned, state.experience, trajectory, iteration, key)
-        return TD3State(learned, after), metrics
+        return experience.update(one, state, trajectory, iteration, key)
 
-    return Algorithm(init, policy, lambda key: (), act, update)
+    return Algorithm(init, experience.policy, lambda key: (), act, update)
