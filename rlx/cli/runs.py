@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,63 +151,75 @@ def finish_many(runs: Mapping[str, Any], run_dir: Path) -> int:
 
 def resume(arguments: list[str]) -> int:
     """`rlx resume RUN_DIR [--data FILE ...]`."""
-    text, more = "Go on with a run that was stopped.", "--distributed and what belongs to it: as for `rlx train`."
-    parser = argparse.ArgumentParser("rlx resume", description=text, epilog=more, allow_abbrev=False)
-    parser.add_argument("run_dir")
-    parser.add_argument(
-        "--num-devices", type=int, metavar="N", help="others than it was begun with; 0: as many as it can"
-    )
-    parser.add_argument(
-        "--data", nargs="+", default=[], metavar="FILE", help="where its data sets lie now, in their order"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
-    options = parser.parse_args(arguments)
+    options = resume_options(arguments)
     quiet = options.quiet or not writes()
     if storage.is_remote(options.run_dir):
         address, options.run_dir = options.run_dir, storage.fetch(options.run_dir)
         say(quiet, f"the logs of {address} are staged in {options.run_dir}")
-    one = not is_sweep(options.run_dir) and len(run_directories(options.run_dir)) == 1
-    require(one or not begun(), "RUN_DIR", options.run_dir, "a single run: several processes train one at a time")
-    if is_sweep(options.run_dir):
-        with Progress(quiet=options.quiet) as shown:
-            return go_on(Path(options.run_dir).absolute(), shown, options.num_devices)
-    members = run_directories(options.run_dir)
+    sweep = is_sweep(options.run_dir)
+    members = [] if sweep else run_directories(options.run_dir)
+    allowed = "a single run: several processes train one at a time"
+    require(len(members) == 1 or not begun(), "RUN_DIR", options.run_dir, allowed)
     if len(members) > 1 and not all((path / "config.json").is_file() for path in members):
         raise UserError(f"the runs in {options.run_dir!r} were not all begun: train them again, with --overwrite.")
-    recorded = RunDirectory.open(members[0]).config
     if len(members) > 1:
         spread_over_cpu(len(members))
     with Progress(quiet=quiet) as shown:
-        with shown.phase("building"):
-            run = load_run(members[0])
-            from rlx import training
-            from rlx.checkpoint import Checkpointer
+        if sweep:
+            return go_on(Path(options.run_dir).absolute(), shown, options.num_devices)
+        return resume_runs(members, options, shown)
 
-            empty = Checkpointer(Path(options.run_dir) / "checkpoints").empty()
-            built = (run.env, run.module, run.train_config, run.config)
-            policy = start_policy(recorded.get("from"), run.pair.physics, *built) if empty else None
-            files = [(entry["path"], entry["share"]) for entry in recorded.get("data", ())]
-            if options.data:
-                allowed = f"the {len(files)} files that the run began with, in their order"
-                require(len(options.data) == len(files), "--data", options.data, allowed)
-                files = [(moved, share) for moved, (_, share) in zip(options.data, files, strict=True)]
-            data = load_data(files, run.pair, run.env, quiet)
-        keywords: dict[str, Any] = {"init_policy": policy, "progress": shown, "resume": True, "data": data}
-        own = {**describe(run.pair), "algorithm": recorded["algorithm"], "env": recorded["env"]}
-        folder = Path(options.run_dir).absolute()
 
-        def here(train_config: Any) -> Any:
-            """The settings of a run on the devices that it goes on on."""
-            given = options.num_devices
-            if begun():
-                train_config = dataclasses.replace(train_config, num_devices=0, split="auto")
-            return train_config if given is None else dataclasses.replace(train_config, num_devices=given)
+def resume_options(arguments: list[str]) -> argparse.Namespace:
+    text, more = "Go on with a run that was stopped.", "--distributed and what belongs to it: as for `rlx train`."
+    parser = argparse.ArgumentParser("rlx resume", description=text, epilog=more, allow_abbrev=False)
+    parser.add_argument("run_dir")
+    devices = "others than it was begun with; 0: as many as it can"
+    parser.add_argument("--num-devices", type=int, metavar="N", help=devices)
+    moved = "where its data sets lie now, in their order"
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help=moved)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
+    return parser.parse_args(arguments)
 
-        if members == [folder]:
-            built = (run.env, run.module, here(run.train_config), run.config)
-            return finish(training.train(*built, run_dir=folder, record=own, **keywords), folder)
-        found = {path.name: settings_of(RunDirectory.open(path), run.module) for path in members}
-        runs = {name: (here(train_config), config) for name, (train_config, config) in found.items()}
-        records = dict.fromkeys(runs, own)
-        done = training.train_many(run.env, run.module, runs, run_dir=folder, records=records, **keywords)
-    return finish_many(done, folder)
+
+def resume_runs(members: Sequence[Path], options: argparse.Namespace, shown: Progress) -> int:
+    """Goes on with one run, or with many of one program, which lie beside each other."""
+    recorded, folder = RunDirectory.open(members[0]).config, Path(options.run_dir).absolute()
+    with shown.phase("building"):
+        run = load_run(members[0])
+        from rlx import training
+        from rlx.checkpoint import Checkpointer
+
+        empty = Checkpointer(folder / "checkpoints").empty()
+        built = (run.env, run.module, run.train_config, run.config)
+        policy = start_policy(recorded.get("from"), run.pair.physics, *built) if empty else None
+        data = load_data(data_of(recorded, options.data), run.pair, run.env, shown.quiet)
+    keywords: dict[str, Any] = {"init_policy": policy, "progress": shown, "resume": True, "data": data}
+    own = {**describe(run.pair), "algorithm": recorded["algorithm"], "env": recorded["env"]}
+
+    def here(train_config: Any) -> Any:
+        """The settings of a run on the devices that it goes on on."""
+        given = options.num_devices
+        if begun():
+            train_config = dataclasses.replace(train_config, num_devices=0, split="auto")
+        return train_config if given is None else dataclasses.replace(train_config, num_devices=given)
+
+    if members == [folder]:
+        built = (run.env, run.module, here(run.train_config), run.config)
+        return finish(training.train(*built, run_dir=folder, record=own, **keywords), folder)
+    found = {path.name: settings_of(RunDirectory.open(path), run.module) for path in members}
+    runs = {name: (here(train_config), config) for name, (train_config, config) in found.items()}
+    records = dict.fromkeys(runs, own)
+    return finish_many(
+        training.train_many(run.env, run.module, runs, run_dir=folder, records=records, **keywords), folder
+    )
+
+
+def data_of(recorded: Mapping[str, Any], moved: Sequence[str]) -> list[tuple[str, float | None]]:
+    """The data sets of a run and their shares; `moved`: where they lie now."""
+    files = [(entry["path"], entry["share"]) for entry in recorded.get("data", ())]
+    if not moved:
+        return files
+    allowed = f"the {len(files)} files that the run began with, in their order"
+    require(len(moved) == len(files), "--data", list(moved), allowed)
+    return [(path, share) for path, (_, share) in zip(moved, files, strict=True)]
