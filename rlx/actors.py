@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rlx.algorithm import Key
 from rlx.distributions import Categorical, Normal, TanhNormal
-from rlx.errors import require
+from rlx.errors import require, require_above, require_at_least
 from rlx.networks import MLP
 from rlx.types import Discrete, PyTree, Spec
 
@@ -63,7 +63,7 @@ def inverse_softplus(x: float | jax.Array) -> jax.Array:
 
 def check(config: Any, distributions: tuple[str, ...] = DISTRIBUTIONS) -> None:
     """Raises UserError for settings of an actor that cannot work."""
-    require(config.init_std > 0, "algo.init_std", config.init_std, "above 0")
-    require(config.min_std >= 0, "algo.min_std", config.min_std, "at least 0")
+    require_above(config, 0, "init_std")
+    require_at_least(config, 0, "min_std")
     allowed = f"one of {', '.join(distributions)}"
     require(config.distribution in distributions, "algo.distribution", config.distribution, allowed)

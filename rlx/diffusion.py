@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx.algorithm import Key, Mode
-from rlx.errors import require
+from rlx.errors import require, require_above, require_at_least
 from rlx.networks import TimeMLP, activation, check_residual, select
 from rlx.types import Box, PyTree, Spec
 
@@ -146,11 +146,11 @@ def steps_of(table: Table, start: int, stop: int | None = None) -> Table:
 def check(config: Any, spec: Spec, name: str) -> None:
     """Raises UserError for settings of a diffusion that cannot work; `name` is the algorithm's."""
     require(isinstance(spec.action, Box), "env", spec.action, f"{name} needs continuous actions")
+    require_at_least(config, 1, "num_denoising_steps")
     steps = config.num_denoising_steps
-    require(steps >= 1, "algo.num_denoising_steps", steps, "at least 1")
     allowed = f"from 1 to num_denoising_steps = {steps}, or 0 for all of them"
     require(0 <= config.ddim_steps <= steps, "algo.ddim_steps", config.ddim_steps, allowed)
-    require(config.clean_clip > 0, "algo.clean_clip", config.clean_clip, "above 0")
+    require_above(config, 0, "clean_clip")
     if config.residual:
         check_residual(config.actor_hidden, "algo.actor_hidden")
     activation(config.activation)

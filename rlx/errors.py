@@ -37,3 +37,17 @@ def check_seed(seed: int, field: str = "seed") -> None:
 
 class NonFiniteError(UserError):
     """Training met a NaN or an infinity. The last good checkpoint stays."""
+
+
+def require_above(config: object, low: float, *fields: str) -> None:
+    """Raises UserError unless each of these settings of an algorithm is above `low`."""
+    for field in fields:
+        value = getattr(config, field)
+        require(value > low, f"algo.{field}", value, f"above {low}")
+
+
+def require_at_least(config: object, low: float, *fields: str) -> None:
+    """As `require_above`, where `low` itself is allowed too."""
+    for field in fields:
+        value = getattr(config, field)
+        require(value >= low, f"algo.{field}", value, f"at least {low}")

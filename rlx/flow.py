@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rlx.algorithm import Key, Mode
-from rlx.errors import require
+from rlx.errors import require, require_above, require_at_least
 from rlx.networks import TimeMLP, activation, check_residual, select
 from rlx.types import Box, PyTree, Spec
 
@@ -81,8 +81,8 @@ def draw_noise(key: Key, shape: tuple[int, ...], mode: Mode) -> jax.Array:
 def check(config: Any, spec: Spec, name: str) -> None:
     """Raises UserError for settings of a flow that cannot work; `name` is the algorithm's."""
     require(isinstance(spec.action, Box), "env", spec.action, f"{name} needs continuous actions")
-    require(config.num_flow_steps >= 1, "algo.num_flow_steps", config.num_flow_steps, "at least 1")
-    require(config.output_scale > 0, "algo.output_scale", config.output_scale, "above 0")
+    require_at_least(config, 1, "num_flow_steps")
+    require_above(config, 0, "output_scale")
     for field, kinds in (("flow_loss", ("epsilon", "velocity")), ("flow_times", ("discrete", "uniform"))):
         require(getattr(config, field) in kinds, f"algo.{field}", getattr(config, field), f"one of {', '.join(kinds)}")
     if config.residual:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlx.errors import UserError, require, unknown
-from rlx.types import PyTree
+from rlx.types import Box, PyTree, Spec
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "elu": nn.elu,
@@ -33,6 +33,24 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     if name not in ACTIVATIONS:
         raise unknown("Activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
+
+
+def check(config: Any, *hidden: str) -> None:
+    """Raises UserError for settings of networks that cannot work: `activation`, and widths, those of `hidden`."""
+    for field in hidden:
+        widths = getattr(config, field)
+        require(all(width >= 1 for width in widths), f"algo.{field}", widths, "widths of at least 1")
+    activation(config.activation)
+
+
+def check_vectors(spec: Spec, obs_keys: Sequence[str], name: str) -> None:
+    """Raises UserError for an environment that learner `name` of a single agent cannot train: with several of them, or
+    whose continuous actions, or observations at `obs_keys`, are no vectors."""
+    require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", f"{name} trains a single agent")
+    shapes = [("observations", select(spec.obs, key).shape) for key in obs_keys]
+    shapes += [("actions", spec.action.shape)] if isinstance(spec.action, Box) else []
+    for what, shape in shapes:
+        require(len(shape) == 1, "env", f"{what} of shape {shape}", f"{name} takes vectors")
 
 
 def _kernel_init(scale: float) -> nn.initializers.Initializer:

@@ -15,11 +15,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlx import agents, normalize
+from rlx import agents, networks, normalize
 from rlx.algorithm import Key, Mode, Plan
 from rlx.environment import random_action
-from rlx.errors import require
-from rlx.networks import DTYPES, MLP, activation, keep, select
+from rlx.errors import require, require_above, require_at_least
+from rlx.networks import DTYPES, MLP, check_vectors, keep, select
 from rlx.replay import OBS_DTYPES, Batch, Draw, Replay, check_replay, make_replay, mix
 from rlx.types import Box, Discrete, Metrics, PyTree, Spec, Transition
 
@@ -238,24 +238,16 @@ def check(config: Any, spec: Spec, plan: Plan, name: str, several: bool = False,
     """
     if several:
         agents.check(spec, config.actor_obs_key, name)
+        shape = select(spec.obs, config.critic_obs_key).shape
+        require(len(shape) == 1, "env", f"a state of shape {shape}", f"{name}'s critics read vectors")
     else:
-        require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", f"{name} trains a single agent")
+        check_vectors(spec, (config.actor_obs_key, config.critic_obs_key), name)
         require(isinstance(spec.action, Box), "env", spec.action, f"{name} needs continuous actions")
-        shape = spec.action.shape
-        require(len(shape) == 1, "env", f"actions of shape {shape}", f"{name} gives vectors")
-    for key in (config.critic_obs_key,) if several else (config.actor_obs_key, config.critic_obs_key):
-        shape = select(spec.obs, key).shape
-        require(len(shape) == 1, "env", f"observations of shape {shape}", f"{name} reads vectors")
     for field in ("gamma", "tau"):
         require(0 <= getattr(config, field) <= 1, f"algo.{field}", getattr(config, field), "between 0 and 1")
-    for field in ("max_grad_norm", "actor_learning_rate", "critic_learning_rate"):
-        require(getattr(config, field) > 0, f"algo.{field}", getattr(config, field), "above 0")
-    for field in ("n_step", "batch_size", "num_critics"):
-        require(getattr(config, field) >= 1, f"algo.{field}", getattr(config, field), "at least 1")
-    require(config.prefill_steps >= 0, "algo.prefill_steps", config.prefill_steps, "at least 0")
-    for field in ("actor_hidden", "critic_hidden"):
-        widths = getattr(config, field)
-        require(all(width >= 1 for width in widths), f"algo.{field}", widths, "widths of at least 1")
+    require_above(config, 0, "max_grad_norm", "actor_learning_rate", "critic_learning_rate")
+    require_at_least(config, 1, "n_step", "batch_size", "num_critics")
+    require_at_least(config, 0, "prefill_steps")
     steps = plan.num_envs * plan.unroll_length
     ratio = config.utd_ratio
     require(len(ratio) == 2 and min(ratio) > 0, "algo.utd_ratio", ratio, "two whole numbers above 0")
@@ -264,7 +256,7 @@ def check(config: Any, spec: Spec, plan: Plan, name: str, several: bool = False,
     part = config.data_batch
     require(0 <= part <= config.batch_size, "algo.data_batch", part, f"from 0 to batch_size = {config.batch_size}")
     require(config.dtype in DTYPES, "algo.dtype", config.dtype, f"one of {', '.join(DTYPES)}")
-    activation(config.activation)
+    networks.check(config, "actor_hidden", "critic_hidden")
     require(
         config.replay_dtype in OBS_DTYPES, "algo.replay_dtype", config.replay_dtype, f"one of {', '.join(OBS_DTYPES)}"
     )
@@ -281,6 +273,5 @@ def check(config: Any, spec: Spec, plan: Plan, name: str, several: bool = False,
 
 def check_noise(config: Any) -> None:
     """Raises UserError for settings of deterministic actors that cannot work."""
-    require(config.policy_delay >= 1, "algo.policy_delay", config.policy_delay, "at least 1")
-    for name in ("exploration_noise", "target_noise", "noise_clip"):
-        require(getattr(config, name) >= 0, f"algo.{name}", getattr(config, name), "at least 0")
+    require_at_least(config, 1, "policy_delay")
+    require_at_least(config, 0, "exploration_noise", "target_noise", "noise_clip")

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlx import normalize
+from rlx import networks, normalize
 from rlx.algorithm import Key, Plan
-from rlx.errors import require
+from rlx.errors import require, require_above, require_at_least
 from rlx.minibatches import check_minibatches, scan_minibatches
-from rlx.networks import MLP, activation, select
+from rlx.networks import MLP, check_vectors, select
 from rlx.optimization import descend
 from rlx.returns import gae
 from rlx.sharding import per_env
-from rlx.types import Box, Metrics, PyTree, Spec, Transition
+from rlx.types import Metrics, PyTree, Spec, Transition
 
 RATES = (1e-5, 1e-2)  # what adaptive_lr keeps the learning rate between
 
@@ -295,30 +295,20 @@ def ratio_metrics(ratio: jax.Array, clip_eps: float | jax.Array) -> Metrics:
 def check(config: Any, spec: Spec, plan: Plan, name: str, segments: bool = False, of: str = "num_envs") -> None:
     """Raises UserError for settings, shared by on-policy learners of a single agent, that cannot work; `name` is the
     algorithm's. `of`: what `plan.num_envs` counts."""
-    require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", f"{name} trains a single agent")
+    check_vectors(spec, (config.actor_obs_key, config.critic_obs_key), name)
     check_settings(config, plan, segments, of)
-    for obs_key in (config.actor_obs_key, config.critic_obs_key):
-        shape = select(spec.obs, obs_key).shape
-        require(len(shape) == 1, "env", f"observations of shape {shape}", f"{name} reads vectors")
-    if isinstance(spec.action, Box):
-        shape = spec.action.shape
-        require(len(shape) == 1, "env", f"actions of shape {shape}", f"{name} gives vectors")
 
 
 def check_settings(config: Any, plan: Plan, segments: bool = False, of: str = "num_envs") -> None:
     """As `check`, whatever the environment."""
     for field in ("gamma", "gae_lambda"):
         require(0 <= getattr(config, field) <= 1, f"algo.{field}", getattr(config, field), "between 0 and 1")
-    for field in ("learning_rate", "critic_lr_scale", "clip_eps", "max_grad_norm", "target_kl"):
-        require(getattr(config, field) > 0, f"algo.{field}", getattr(config, field), "above 0")
-    require(config.num_epochs >= 1, "algo.num_epochs", config.num_epochs, "at least 1")
-    require(config.value_coef >= 0, "algo.value_coef", config.value_coef, "at least 0")
-    for field in ("actor_hidden", "critic_hidden"):
-        widths = getattr(config, field)
-        require(all(width >= 1 for width in widths), f"algo.{field}", widths, "widths of at least 1")
+    require_above(config, 0, "learning_rate", "critic_lr_scale", "clip_eps", "max_grad_norm", "target_kl")
+    require_at_least(config, 1, "num_epochs")
+    require_at_least(config, 0, "value_coef")
     if config.adaptive_lr:
         low, high = RATES
         rate = config.learning_rate
         require(low <= rate <= high, "algo.learning_rate", rate, f"adaptive_lr keeps it between {low} and {high}")
-    activation(config.activation)
+    networks.check(config, "actor_hidden", "critic_hidden")
     check_minibatches(plan, config.num_minibatches, segments, of)

@@ -19,15 +19,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlx import actors, diffusion, flow, normalize
+from rlx import actors, diffusion, flow, networks, normalize
 from rlx.actors import DISTRIBUTIONS, make_actor
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.diffusion import draw, make_diffusion
 from rlx.distributions import untanh
-from rlx.errors import require
+from rlx.errors import require, require_above, require_at_least
 from rlx.flow import make_flow
 from rlx.minibatches import check_minibatches, scan_minibatches
-from rlx.networks import activation, select
+from rlx.networks import check_vectors, select
 from rlx.optimization import adam, descend
 from rlx.types import Box, PyTree, Spec, Transition
 
@@ -85,24 +85,16 @@ class BCPolicy(NamedTuple):
 
 def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
-    require(spec.num_agents == 1, "env", f"{spec.num_agents} agents", "bc clones a single agent")
-    for name in ("learning_rate", "max_grad_norm", "min_std"):
-        require(getattr(config, name) > 0, f"algo.{name}", getattr(config, name), "above 0")
-    for name in ("weight_decay", "eval_min_std"):
-        require(getattr(config, name) >= 0, f"algo.{name}", getattr(config, name), "at least 0")
+    check_vectors(spec, (config.actor_obs_key,), "bc")
+    require_above(config, 0, "learning_rate", "max_grad_norm", "min_std")
+    require_at_least(config, 0, "weight_decay", "eval_min_std")
     require(0 <= config.ema_decay < 1, "algo.ema_decay", config.ema_decay, "from 0 to below 1")
     kinds = ("mean_std", "range")
     require(config.statistics in kinds, "algo.statistics", config.statistics, f"one of {', '.join(kinds)}")
     actors.check(config, DISTRIBUTIONS + GENERATIVE)
-    widths = config.actor_hidden
-    require(all(width >= 1 for width in widths), "algo.actor_hidden", widths, "widths of at least 1")
-    shapes = {"observations": select(spec.obs, config.actor_obs_key).shape}
-    shapes |= {"actions": spec.action.shape} if isinstance(spec.action, Box) else {}
-    for what, shape in shapes.items():
-        require(len(shape) == 1, "env", f"{what} of shape {shape}", "bc takes vectors")
     if config.distribution in GENERATIVE:
         {"flow": flow.check, "diffusion": diffusion.check}[config.distribution](config, spec, "bc")
-    activation(config.activation)
+    networks.check(config, "actor_hidden")
     check_minibatches(plan, config.num_minibatches)
 
 

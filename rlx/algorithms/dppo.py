@@ -31,7 +31,7 @@ from rlx import diffusion, normalize, on_policy
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.diffusion import draw, make_diffusion, steps_of
 from rlx.distributions import Normal
-from rlx.errors import require
+from rlx.errors import require, require_above, require_at_least
 from rlx.networks import select
 from rlx.on_policy import Batch, OnPolicyState, clipped_surrogate, make_critic, make_update, ratio_metrics
 from rlx.optimization import adam
@@ -122,10 +122,8 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
     on_policy.check(config, spec, pairs, "dppo", of=f"{learnt} denoising steps * num_envs")
     denoising = config.gamma_denoising
     require(0 <= denoising <= 1, "algo.gamma_denoising", denoising, "between 0 and 1")
-    for name in ("stop_kl", "clip_base", "min_log_prob_std", "noise_clip"):
-        require(getattr(config, name) > 0, f"algo.{name}", getattr(config, name), "above 0")
-    for name in ("min_std", "eval_min_std"):
-        require(getattr(config, name) >= 0, f"algo.{name}", getattr(config, name), "at least 0")
+    require_above(config, 0, "stop_kl", "clip_base", "min_log_prob_std", "noise_clip")
+    require_at_least(config, 0, "min_std", "eval_min_std")
     lowest, highest = config.log_prob_min, config.log_prob_max
     require(lowest < highest, "algo.log_prob_min", lowest, f"below algo.log_prob_max = {highest}")
 

@@ -28,7 +28,7 @@ import optax
 
 from rlx import flow, normalize, on_policy
 from rlx.algorithm import Algorithm, Key, Mode, Plan
-from rlx.errors import require
+from rlx.errors import require, require_above, require_at_least
 from rlx.flow import make_flow
 from rlx.networks import select
 from rlx.on_policy import Batch, OnPolicyState, clipped_surrogate, make_critic, make_update, ratio_metrics
@@ -110,13 +110,11 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     flow.check(config, spec, "fpo")
     on_policy.check(config, spec, plan, "fpo")
-    require(config.num_samples >= 1, "algo.num_samples", config.num_samples, "at least 1")
+    require_at_least(config, 1, "num_samples")
     require(config.ratio in ("mean", "per_sample"), "algo.ratio", config.ratio, "one of mean, per_sample")
     require(0 <= config.ema_decay < 1, "algo.ema_decay", config.ema_decay, "from 0 to below 1")
-    for name in ("loss_clamp", "difference_clamp", "advantage_clamp"):
-        require(getattr(config, name) > 0, f"algo.{name}", getattr(config, name), "above 0")
-    for name in ("weight_decay", "entropy_coef"):
-        require(getattr(config, name) >= 0, f"algo.{name}", getattr(config, name), "at least 0")
+    require_above(config, 0, "loss_clamp", "difference_clamp", "advantage_clamp")
+    require_at_least(config, 0, "weight_decay", "entropy_coef")
     samples = config.entropy_samples
     require(samples == 0 or samples >= 2, "algo.entropy_samples", samples, "0, or at least 2")
     given = config.entropy_coef == 0 or samples > 0

@@ -34,7 +34,7 @@ from rlx.actors import squashed_normal
 from rlx.agents import made_of, make_networks, masked, put, take
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.distributions import OneHotCategorical, TanhNormal
-from rlx.errors import require
+from rlx.errors import require, require_above, require_at_least
 from rlx.networks import DTYPES, MLP, select
 from rlx.off_policy import ActingPolicy, OffPolicyState, make_critics, make_off_policy
 from rlx.optimization import adam, descend
@@ -92,9 +92,8 @@ class Learned(NamedTuple):
 def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     off_policy.check(config, spec, plan, "hasac", several=True)
-    for name in ("alpha_learning_rate", "init_alpha", "final_alpha"):
-        require(getattr(config, name) > 0, f"algo.{name}", getattr(config, name), "above 0")
-    require(config.min_std >= 0, "algo.min_std", config.min_std, "at least 0")
+    require_above(config, 0, "alpha_learning_rate", "init_alpha", "final_alpha")
+    require_at_least(config, 0, "min_std")
     one = not (config.anneal_alpha and config.tune_alpha)
     require(one, "algo.anneal_alpha", True, "only without tune_alpha, which moves the temperatures too")
     share = config.discrete_entropy_scale

@@ -29,7 +29,7 @@ from rlx import off_policy
 from rlx.agents import made_of, make_networks, masked
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.distributions import OneHotCategorical, real
-from rlx.errors import require
+from rlx.errors import require_at_least
 from rlx.networks import DTYPES, MLP, select
 from rlx.off_policy import ActingPolicy, OffPolicyState, make_critics, make_off_policy, noisy
 from rlx.optimization import adam, descend
@@ -83,7 +83,7 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     off_policy.check(config, spec, plan, "maddpg", several=True, apart=not config.team_reward)
     off_policy.check_noise(config)
-    require(config.output_penalty >= 0, "algo.output_penalty", config.output_penalty, "at least 0")
+    require_at_least(config, 0, "output_penalty")
 
 
 uses_data = off_policy.uses_data

@@ -32,7 +32,7 @@ from rlx import actors, agents, normalize, on_policy
 from rlx.actors import make_actor
 from rlx.agents import make_networks, masked
 from rlx.algorithm import Algorithm, Key, Mode, Plan
-from rlx.errors import require
+from rlx.errors import require, require_at_least
 from rlx.minibatches import scan_minibatches
 from rlx.networks import MLP, select
 from rlx.on_policy import (
@@ -126,7 +126,7 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
         require(len(shape) == 1, "env", f"a state of shape {shape}", "mappo's critic reads vectors")
     on_policy.check_settings(config, plan)
     actors.check(config)
-    require(config.entropy_coef >= 0, "algo.entropy_coef", config.entropy_coef, "at least 0")
+    require_at_least(config, 0, "entropy_coef")
     allowed = "agents that are updated one after another have parameters of their own"
     require(not (config.sequential and config.share_params), "algo.share_params", config.share_params, allowed)
 

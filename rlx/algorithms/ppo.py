@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from rlx import actors, normalize, on_policy
 from rlx.actors import make_actor
 from rlx.algorithm import Algorithm, Key, Mode, Plan
-from rlx.errors import require
+from rlx.errors import require_at_least
 from rlx.networks import GRU, MLP, select
 from rlx.on_policy import Batch, OnPolicyState, clipped_surrogate, make_update, ratio_metrics
 from rlx.optimization import adam
@@ -82,8 +82,8 @@ def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     on_policy.check(config, spec, plan, "ppo", config.recurrent or config.gae_per_minibatch)
     actors.check(config)
-    require(config.memory_size >= 1, "algo.memory_size", config.memory_size, "at least 1")
-    require(config.entropy_coef >= 0, "algo.entropy_coef", config.entropy_coef, "at least 0")
+    require_at_least(config, 1, "memory_size")
+    require_at_least(config, 0, "entropy_coef")
 
 
 def make(config: Config, spec: Spec, plan: Plan) -> Algorithm:

@@ -26,7 +26,7 @@ from rlx import off_policy
 from rlx.actors import squashed_normal
 from rlx.algorithm import Algorithm, Key, Mode, Plan
 from rlx.distributions import TanhNormal
-from rlx.errors import require
+from rlx.errors import require, require_above, require_at_least
 from rlx.networks import DTYPES, MLP, select
 from rlx.off_policy import ActingPolicy, OffPolicyState, make_critics, make_off_policy
 from rlx.optimization import adam, descend
@@ -79,9 +79,8 @@ class Learned(NamedTuple):
 def check(config: Config, spec: Spec, plan: Plan) -> None:
     """Raises UserError for settings that cannot work, before anything compiles."""
     off_policy.check(config, spec, plan, "sac")
-    for name in ("alpha_learning_rate", "init_alpha"):
-        require(getattr(config, name) > 0, f"algo.{name}", getattr(config, name), "above 0")
-    require(config.min_std >= 0, "algo.min_std", config.min_std, "at least 0")
+    require_above(config, 0, "alpha_learning_rate", "init_alpha")
+    require_at_least(config, 0, "min_std")
     subset, allowed = config.target_subset, f"from 0 to num_critics = {config.num_critics}"
     require(0 <= subset <= config.num_critics, "algo.target_subset", subset, allowed)
 
