@@ -86,7 +86,7 @@ class Brax:
     def __init__(self, env: brax.envs.Env):
         self.env = env
         simulated = isinstance(env, PipelineEnv) and not isinstance(env, brax.envs.fast.Fast)
-        self.spec = Spec(obs=None, action=Box((env.action_size,)), dt=float(env.dt) if simulated else 0.0)
+        self.spec = Spec(obs=None, action=Box((env.action_size,)), dt=round(float(env.dt), 9) if simulated else 0.0)
 
     def reset(self, key: jax.Array, params: PyTree):
         with tracing():

@@ -44,7 +44,7 @@ from envs.adapter import limit_and_repeat
 from envs.names import BRAX, PLAYGROUND
 from envs.wrappers import DomainRandomization, FixedPoint, Wrapper
 from rlx.environment import Environment
-from rlx.errors import UserError, require, unknown
+from rlx.errors import UserError, is_whole, require, unknown
 from rlx.types import Box, PyTree
 
 
@@ -139,12 +139,12 @@ class MultiAgent(Wrapper):
         hops: int = 1,
         shared: Sequence[int] = (),
     ):
-        require(isinstance(hops, int) and hops >= 0, "hops", hops, "a whole number of at least 0")
+        require(is_whole(hops), "hops", hops, "a whole number of at least 0")
         model = body.mj_model
         actuators = actuators_of(model, split)
         self.env, self.body, self.agents = env, body, tuple(split)
         (full,) = jax.tree.leaves(jax.eval_shape(full_obs, env.spec.obs))
-        in_range = [isinstance(i, int) and 0 <= i < full.size for i in shared]
+        in_range = [is_whole(i) and i < full.size for i in shared]
         require(all(in_range), "shared", tuple(shared), f"indices of the state, 0 to {full.size - 1}")
         rows = rows_of(model, actuators, hops, [2 + model.nq + model.nv + i for i in shared])
         self.index, obs_mask = padded(rows)

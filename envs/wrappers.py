@@ -74,6 +74,9 @@ class Wrapper:
     def reset(self, key: jax.Array, params: PyTree) -> tuple[Any, PyTree]:
         return self.env.reset(key, params)
 
+    def step(self, state: Any, action: jax.Array, key: jax.Array) -> tuple[Any, TimeStep]:
+        return self.env.step(state, action, key)
+
     def render(self, states: Sequence[Any], page: float | None = None) -> Any:
         return render(self.env, states, page)
 
@@ -292,6 +295,3 @@ class DomainRandomization(Wrapper):
     def reset(self, key: jax.Array, params: PyTree):
         draw_key, reset_key = jax.random.split(key)
         return self.env.reset(reset_key, self.params(draw_key, params))
-
-    def step(self, state: Any, action: jax.Array, key: jax.Array):
-        return self.env.step(state, action, key)

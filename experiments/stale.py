@@ -21,7 +21,7 @@ from rlx.algorithms import ALGORITHMS
 from rlx.errors import UserError, require
 from rlx.study import Program, load, programs
 
-LOOP = ("rollout", "epoch", "training", "learners", "evaluation", "group", "schedule", "compilation", "sharding")
+LOOP = "rollout epoch training learners evaluation group schedule compilation sharding agents".split()
 ALWAYS = (*(f"rlx/{name}.py" for name in LOOP), "envs/physics", "rlx/presets/default.toml")  # of every run
 SILENT = {"rlx.errors", "rlx.machine", "envs.viewer"}  # no number depends on them
 

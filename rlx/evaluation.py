@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,8 @@ def make_evaluate(
     are split over its devices, and are those of one device.
 
     Raises:
-        UserError: the environment has no time limit and `max_decisions` is 0.
+        UserError: the environment has no time limit and `max_decisions` is 0; numbers below what they may be; a mode
+            that is none.
     """
     player = make_player(env, algorithm, num_episodes, mode, max_decisions, mesh)
 
@@ -80,6 +81,9 @@ def make_player(
     """What `make_evaluate` does, a decision at a time. With a `mesh` there are as many episodes on every device, so at
     times more than `num_episodes`: those behind are nobody's.
     """
+    require(num_episodes >= 1, "num_episodes", num_episodes, "at least 1")
+    require(mode in get_args(Mode), "mode", mode, " or ".join(get_args(Mode)))
+    require(max_decisions >= 0, "max_decisions", max_decisions, "at least 0; 0 for the time limit")
     allowed = "at least 1, for the environment has no time limit"
     require(bool(max_decisions or env.spec.episode_length), "max_decisions", max_decisions, allowed)
     reset_envs = on_parts(jax.vmap(lambda key: env.reset(key, env.spec.params)), mesh)

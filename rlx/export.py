@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib
 import json
 import logging
 import warnings
@@ -39,10 +39,9 @@ from rlx.types import Box, PyTree, Spec
 FORMAT = 1
 ACTING = ("greedy", "sample")  # modes in which nothing is explored
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-FILES = ("policy.stablehlo", "policy.json", "policy.onnx")
-CONVERTER = ("jax2onnx", "onnx", "onnx_ir")
+STABLEHLO, ABOUT, ONNX = FILES = ("policy.stablehlo", "policy.json", "policy.onnx")
 # jax2onnx asks for an orbax-checkpoint below that of rlx, of which it makes no use here.
-INSTALL = "pip install 'rlx[onnx]' && pip install --no-deps jax2onnx"
+INSTALL = "pip install 'rlx[onnx]' && pip install --no-deps jax2onnx==0.17.1"
 
 
 def export_policy(
@@ -56,7 +55,9 @@ def export_policy(
     overwrite: bool = False,
     onnx: bool = False,
 ) -> dict[str, Any]:
-    """Writes `policy.stablehlo` and `policy.json` into `folder`, which it makes. Returns what the second one says.
+    """Writes `policy.stablehlo`, `policy.json` and, if asked to, `policy.onnx` into `folder`, which it makes.
+
+    Returns what policy.json says.
 
     Args:
         spec: of the environment that the policy acts in.
@@ -102,11 +103,11 @@ def export_policy(
     about |= {"action": about_action(spec), "sha256": hashlib.sha256(data).hexdigest(), "versions": versions()}
     about |= {"onnx": {"sha256": hashlib.sha256(model).hexdigest()}} if onnx else {}
     target.mkdir(parents=True, exist_ok=True)
-    (target / FILES[2]).unlink(missing_ok=True)
-    write_atomically(target / FILES[0], data)
+    (target / ONNX).unlink(missing_ok=True)
+    write_atomically(target / STABLEHLO, data)
     if onnx:
-        write_atomically(target / FILES[2], model)
-    write_atomically(target / FILES[1], json.dumps(about, indent=1) + "\n")
+        write_atomically(target / ONNX, model)
+    write_atomically(target / ABOUT, json.dumps(about, indent=1) + "\n")
     return about
 
 
@@ -123,16 +124,19 @@ def check_target(folder: Path, platforms: Sequence[str], overwrite: bool) -> Non
 def check_onnx(mode: Mode) -> None:
     """Raises UserError where no ONNX can be written."""
     require(mode == "greedy", "mode", mode, "greedy in ONNX, which has no draws of JAX's")
-    missing = [name for name in CONVERTER if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"ONNX needs {' and '.join(missing)}, not installed here: {INSTALL}.")
+    try:
+        with alone():
+            importlib.import_module("jax2onnx")
+    except ImportError as error:
+        raise UserError(f"ONNX needs jax2onnx ({error}): {INSTALL}.") from error
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """jax2onnx logs a traceback for every package that it could convert and does not find."""
+def alone() -> Iterator[None]:
+    """Around jax2onnx, which logs a traceback for every package that it could convert and does not find, and leaves a
+    `jnp.cumsum` of its own behind."""
     loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    levels, cumsum = [logger.level for logger in loggers], jnp.cumsum
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -140,6 +144,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        jnp.cumsum = cumsum
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -156,7 +161,7 @@ def to_onnx(call: Callable[..., Mapping[str, jax.Array]], shapes: Mapping[str, j
     # Traced here: jax2onnx would put operations of its own in the place of flax's layers, which vmap does not take.
     traced = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(flat)(*shapes.values()))
     try:
-        with quiet():
+        with alone():
             from jax2onnx import to_onnx as convert
 
             naming = {"input_names": list(shapes), "output_names": ["action", *(f"next/{name}" for name in names[1:])]}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlx.errors import UserError
 
+RUNS = "runs.json"  # in a folder of many runs: their names
 SPACE_MARGIN = 2**20  # bytes beside the arrays themselves: indices, manifests, directories of archives
 
 
@@ -21,11 +22,15 @@ class BusyError(UserError):
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file as a whole: whoever reads `path`, at any moment, finds the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write it too
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def require_space(folder: Path, num_bytes: int, what: str) -> None:
@@ -37,10 +42,11 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
 
 
 @contextmanager
-def locked(path: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None]:
+def locked(path: str | os.PathLike[str], patience: float = 0.0, shared: bool = False) -> Iterator[None]:
     """Holds an existing folder against other processes that train into it, until they end or are killed.
 
-    Raises UserError where one still does after `patience` seconds. File systems without locks go without.
+    `shared`: others may hold it so too. Raises UserError where one still does after `patience` seconds. File systems
+    without locks go without.
     """
     import fcntl
 
@@ -49,7 +55,7 @@ def locked(path: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None
         with suppress(OSError):
             while True:
                 try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                     break
                 except BlockingIOError as error:
                     if time.monotonic() >= last:

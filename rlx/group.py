@@ -24,13 +24,12 @@ from rlx.algorithm import LearnerState, Policy
 from rlx.checkpoint import Checkpointer
 from rlx.errors import NonFiniteError, UserError, check_seed, require
 from rlx.evaluation import EvalResult
-from rlx.files import write_atomically
+from rlx.files import RUNS, write_atomically
 from rlx.logging import Progress
 from rlx.recording import Recorder, mirror, open_checkpoints, restore_newest
 from rlx.records import check_same_settings
 from rlx.rollout import where_done
 from rlx.run_directory import FAILED, OWN_FILES, RunDirectory, read_metrics, run_directories
-from rlx.storage import RUNS
 from rlx.types import PyTree
 
 

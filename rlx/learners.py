@@ -17,6 +17,7 @@ from rlx.environment import Environment
 from rlx.epoch import TrainState
 from rlx.errors import UserError, require
 from rlx.recording import check_alone, open_checkpoints
+from rlx.records import reference_of
 from rlx.run_directory import RunDirectory
 from rlx.schedule import TrainConfig, make_schedule, one_device
 from rlx.sharding import without_past
@@ -24,13 +25,13 @@ from rlx.types import Discrete, PyTree, Spec
 
 
 def tuned(env: Environment, algorithm: Any) -> tuple[TrainConfig, Any]:
-    """The settings that ship for an algorithm's module on this environment (`rlx/presets/`), found by its name.
+    """The settings that ship for an algorithm's module on this environment (`rlx/presets/`).
 
     A module of one's own has those of the algorithm that its `PRESET` names, `PRESET = "ppo"` say. As `rlx train`
     merges them, but for overrides of the environment; the defaults where none ship. Change them with
     `dataclasses.replace`.
     """
-    layers = [("preset", settings.preset_for(algorithm, env.spec.name, algorithm.__name__.rpartition(".")[2]))]
+    layers = [("preset", settings.preset_for(algorithm, env.spec.name, reference_of(algorithm)))]
     merged = settings.merge(TrainConfig, algorithm.Config, layers)
     own = settings.build(algorithm.Config, settings.values(merged, "algo."))
     return settings.build(TrainConfig, settings.values(merged)), own

@@ -15,7 +15,7 @@ from rlx.files import locked
 from rlx.logging import Progress
 from rlx.recording import check_alone
 from rlx.records import check_same_settings, note_resume, say_other_devices
-from rlx.run_directory import RunDirectory
+from rlx.run_directory import RunDirectory, group_of
 
 LOST = 60.0  # seconds in which processes of a run that lost one of them end, and leave its directory
 
@@ -70,6 +70,9 @@ class Place:
 
     def _lock(self, stack: contextlib.ExitStack) -> None:
         patience = LOST if several() else 0.0
+        whole = None if self._many else group_of(str(self._path))  # of which this one is one
+        if whole:
+            on_first(lambda: stack.enter_context(locked(whole, patience, shared=True)))
         on_first(lambda: stack.enter_context(locked(str(self._path), patience)))
 
     def hold(self, stack: contextlib.ExitStack) -> None:
@@ -88,7 +91,8 @@ class Place:
         for index, directory in enumerate(self._directories):
             on_first(partial(note_resume, directory, self._progress if index == 0 else Progress(quiet=True)))
         if not self._resume:
-            self._directories = self._create(self._path)
-            if not self._held:
+            if not self._held:  # whoever came first holds it, before anything in it is made or replaced
+                on_first(partial(self._path.mkdir, parents=True, exist_ok=True))
                 self._lock(stack)
+            self._directories = self._create(self._path)
         return self._directories

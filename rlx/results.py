@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlx.errors import require
+from rlx.files import RUNS
 from rlx.run_directory import FAILED, FINISHED, RunDirectory, read_metrics, run_directories
 from rlx.statistics import Summary, iqm_band
-from rlx.storage import RUNS
 from rlx.study import Program, Reference, Study, Task, run_name
 
 FLOOR = "the reference's interval reaches the lowest score"

@@ -12,9 +12,8 @@ from typing import Any
 
 from rlx import storage
 from rlx.errors import UserError
-from rlx.files import write_atomically
+from rlx.files import RUNS, write_atomically
 from rlx.machine import versions
-from rlx.storage import RUNS
 
 FORMAT = 1  # of config.json
 FAILED = "failed.json"  # of a run among many that met a NaN or an infinity: step, error
@@ -59,6 +58,9 @@ class RunDirectory:
         folder = Path(path).absolute()
         if folder.exists() and not folder.is_dir():
             raise UserError(f"run directory {str(folder)!r} is a file; name another.")
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"run directory {str(folder)!r} cannot be written: see {str(above)!r}; name another.")
         present = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.exists() else []
         if "config.json" in present and not overwrite:
             name = os.fspath(storage.home(folder))

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from rlx.errors import UserError, require
-from rlx.files import BusyError, locked
+from rlx.files import RUNS, BusyError, locked
 
-RUNS = "runs.json"  # in a folder of many runs: their names
 WRITER = "writer.json"
 OURS = uuid.uuid4().hex  # this process's id in it
 

@@ -140,10 +140,10 @@ def train(
         stack.callback(progress.close)
         place.hold(stack)
         programs = compile_run(env, make, schedule, train_config, key, {}, init_policy, progress, data)
-        directories = place.begin(stack)
+        directory = next(iter(place.begin(stack)), None)
         stop = stack.enter_context(StopSignal(progress.quiet))
         state, recorder = None, Recorder(plan.steps_per_iteration, progress)
-        for directory in directories:
+        if directory:
             state = recorder.open(stack, directory, train_config.keep_checkpoints, resume, programs.abstract_state)
         recorder.writers += writers if is_first() else ()
         if state is None:
@@ -152,7 +152,7 @@ def train(
         with progress.phase("training"):
             state = run_epochs(programs, {}, schedule, train_config, state, recorder, stop, asked)
     interrupted = int(state.iteration) < plan.num_iterations
-    for directory in directories:
+    if directory:
         on_first(partial(draw_curve, directory, progress))
     return Run(state, recorder.history, built.policy(state.learner, "greedy"), interrupted)
 

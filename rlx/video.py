@@ -36,6 +36,7 @@ def check_video(path: str | Path, fps: float | None = None) -> None:
     """Raises UserError for a file that no video can be written to, and for `fps` that it cannot have."""
     require(Path(path).suffix in FORMATS, "video", str(path), f"it ends in {', '.join(FORMATS)}")
     require(Path(path).absolute().parent.is_dir(), "video", str(path), "the folder does not exist")
+    require(not Path(path).is_dir(), "video", str(path), "it is a folder")
     fastest = FASTEST[Path(path).suffix]
     require(fps is None or 0 < fps <= fastest, "fps", fps, f"above 0, and at most {fastest} in a {Path(path).suffix}")
 
@@ -101,9 +102,14 @@ def play(
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
     """Writes frames [H, W, 3] uint8: an .mp4 (H.264), or an animated picture that begins anew at its end.
 
-    Raises UserError where ffmpeg fails.
+    Raises UserError as `check_video` does, for a film without frames, and where ffmpeg fails.
     """
-    suffix = Path(path).suffix
+    check_video(path, fps)
+    frames, suffix = iter(frames), Path(path).suffix
+    first = next(frames, None)
+    if first is None:
+        raise UserError(f"{str(path)!r}: there are no frames to write.")
+    frames = itertools.chain([first], frames)
     data = _mp4(frames, fps) if suffix == ".mp4" else _picture(frames, fps, suffix)
     write_atomically(Path(path).absolute(), data)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
+from rlx.files import RUNS
 from rlx.logging import JsonlWriter
 from rlx.run_directory import FAILED, FINISHED, RunDirectory
-from rlx.storage import RUNS
 from rlx.study import Reference, Size, Study, Task, Variant, programs, run_name
 
 ENVS = ("probe/lqr", "probe/memory")

@@ -101,3 +101,16 @@ def test_step_by_step_an_evaluation_is_the_same():
     expected = evaluate(RandomLength(), 6, "sample")(key)
     np.testing.assert_array_equal(now.result.lengths, expected.lengths)
     assert decisions == expected.lengths.max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, "greedy", 0), "num_episodes = 0"),
+        ((4, "gredy", 0), "mode = 'gredy' is not possible: explore or sample or greedy"),
+        ((4, "greedy", -1), "max_decisions = -1"),
+    ],
+)
+def test_numbers_and_modes_that_make_no_evaluation_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        make_player(Counter(3), constant_algorithm(Plan(1, 1, 1)), *arguments, None)

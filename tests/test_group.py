@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,6 +24,7 @@ from rlx.files import locked
 from rlx.group import varied_settings
 from rlx.learners import load_policy
 from rlx.logging import Progress
+from rlx.place import Place
 from rlx.run_directory import RunDirectory, read_metrics, run_directories
 from rlx.schedule import TrainConfig
 from rlx.training import train, train_many
@@ -296,6 +298,30 @@ def test_what_does_not_hold_these_runs_is_not_resumed(tmp_path):
     many(seeds(1), tmp_path / "runs")
     with pytest.raises(UserError, match=r"those that .* was begun with: \['seed-0'\]"):
         many(seeds(2), tmp_path / "runs", resume=True)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_of_two_that_begin_at_once_the_second_replaces_nothing(tmp_path, many):
+    with contextlib.ExitStack() as stack:
+        descriptions = {name: {"algorithm": "ppo", "env": "probe"} for name in (("a", "b") if many else ("",))}
+        first, second = (Place(tmp_path / "new", descriptions, many, True, False, quiet()) for _ in range(2))
+        first.hold(stack)
+        second.hold(stack)
+        (directory, *_) = first.begin(stack)
+        (directory.path / "metrics.jsonl").write_text("kept")
+        with pytest.raises(UserError, match="another process trains there"):
+            second.begin(stack)
+        assert (directory.path / "metrics.jsonl").read_text() == "kept"
+
+
+def test_runs_of_many_and_one_of_them_do_not_go_on_at_once(tmp_path):
+    runs = seeds(2)
+    many(runs, tmp_path)
+    config, algo = runs["seed-1"]
+    with locked(tmp_path), pytest.raises(UserError, match="another process trains there"):
+        train(Counter(5), ppo, config, algo, run_dir=tmp_path / "seed-1", resume=True, progress=quiet())
+    with locked(tmp_path, shared=True):  # as another of them
+        train(Counter(5), ppo, config, algo, run_dir=tmp_path / "seed-1", resume=True, progress=quiet())
 
 
 def test_runs_that_another_process_trains_are_not_overwritten(tmp_path):

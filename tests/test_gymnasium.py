@@ -135,6 +135,8 @@ def test_frames_are_drawn_on_request():
     assert frame.shape == (4, 6, 3) and frame.dtype == np.uint8 and (frame == 1).all()
     assert envs.to_gymnasium(Drawn(3)).render() is None
     many = envs.to_gymnasium_vector(Drawn(3), 2, render_mode="rgb_array")
+    slow = envs.to_gymnasium(envs.make("particle/simple", action_repeat=2), render_mode="rgb_array")
+    assert many.metadata["render_fps"] == 20.0 and slow.metadata["render_fps"] == 5.0  # decisions a second
     for fresh in (many, envs.to_gymnasium(Drawn(3), render_mode="rgb_array")):
         with pytest.raises(gymnasium.error.ResetNeeded):
             fresh.render()

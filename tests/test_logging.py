@@ -283,3 +283,9 @@ def test_a_run_goes_on_when_nobody_reads_its_progress_any_more():
     progress.update(5, 1.0, {})
     progress.message("unheard")
     assert progress.quiet
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_before_it_is_asked_for(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/below/run' cannot be written: see .*file'"):
+        RunDirectory.check_free(tmp_path / "file" / "below" / "run")

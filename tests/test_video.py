@@ -108,6 +108,17 @@ def test_a_pace_that_the_format_cannot_hold_is_that_of_the_whole_film(tmp_path, 
     assert found == duration
 
 
+def test_what_makes_no_film_is_refused_before_a_file_is_there(tmp_path):
+    with pytest.raises(UserError, match="there are no frames"):
+        write_video(tmp_path / "a.gif", [], fps=20.0)
+    with pytest.raises(UserError, match="fps = 100.0 .* at most 50"):
+        write_video(tmp_path / "a.gif", COLOURS.reshape(4, 1, 1, 3), fps=100.0)
+    (tmp_path / "b.gif").mkdir()
+    with pytest.raises(UserError, match="b.gif' is not possible: it is a folder"):
+        check_video(tmp_path / "b.gif")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.gif"]
+
+
 @pytest.mark.parametrize(("suffix", "fps", "most"), [(".gif", 60.0, 50), (".png", 2000.0, 1000), (".gif", 0.0, 50)])
 def test_a_pace_beyond_the_format_is_refused(suffix, fps, most):
     with pytest.raises(UserError, match=f"fps = {fps} .*above 0, and at most {most}"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlx import storage
 from rlx.cli.pairs import load_run, settings_of
-from rlx.errors import require
+from rlx.errors import check_seed, require
 from rlx.files import write_atomically
 from rlx.logging import Progress
 from rlx.run_directory import FAILED, ON_GYMNASIUM, RunDirectory, run_directories
@@ -56,17 +56,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gymnasium", metavar="TASK", help=what)
     formats = "a .mp4, .gif, animated .png or .webp, or for bodies a .html, which loads brax's viewer from the network"
     parser.add_argument("--video", metavar="FILE", help=f"draw the first of them: {formats}")
-    parser.add_argument("--video-episodes", type=int, default=1, metavar="N", help="how many of them (1)")
+    parser.add_argument("--video-episodes", type=int, metavar="N", help="how many of them (1)")
     parser.add_argument("--fps", type=float, help="decisions a second of the video (those of the simulated time)")
     options = parser.parse_args(arguments)
     require(options.episodes >= 1, "--episodes", options.episodes, "at least 1")
+    require(options.decisions >= 0, "--decisions", options.decisions, "at least 0")
+    if options.seed is not None:
+        check_seed(options.seed, "--seed")
     if options.gymnasium:
         require(not options.physics, "--physics", options.physics, "nothing beside --gymnasium, which has its own")
     if options.video:
         allowed = "nothing beside --gymnasium: it draws the run's own environment"
         require(not options.gymnasium, "--video", options.video, allowed)
-        drawn, allowed = options.video_episodes, f"from 1 to the {options.episodes} episodes"
+        drawn = options.video_episodes = 1 if options.video_episodes is None else options.video_episodes
+        allowed = f"from 1 to the {options.episodes} episodes"
         require(1 <= drawn <= options.episodes, "--video-episodes", drawn, allowed)
+    else:
+        for flag, value in (("--video-episodes", options.video_episodes), ("--fps", options.fps)):
+            require(value is None, flag, value, "nothing without --video FILE")
     return options
 
 

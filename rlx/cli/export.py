@@ -14,10 +14,10 @@ from rlx.run_directory import run_directories
 
 def export(arguments: list[str]) -> int:
     """`rlx export RUN_DIR --out FOLDER`: writes a policy that others can load without rlx."""
-    text = "Write the policy of a run as StableHLO, which takes jax and flatbuffers alone, and what its numbers mean."
+    text = "Write the policy of a run for others: StableHLO, which takes jax and flatbuffers alone, its metadata, ONNX."
     parser = argparse.ArgumentParser("rlx export", description=text, allow_abbrev=False)
     parser.add_argument("run_dir")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="for policy.stablehlo and policy.json")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="for policy.stablehlo, policy.json, policy.onnx")
     parser.add_argument("--best", action="store_true", help="the policy of the best evaluation, not the newest")
     parser.add_argument("--mode", choices=("greedy", "sample"), help="greedy is deterministic (the run's own)")
     platforms = ("cpu", "cuda", "tpu")

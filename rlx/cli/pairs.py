@@ -173,7 +173,7 @@ def load(run_dir: str | Path, best: bool = False, physics: str = "") -> Loaded:
     """
     from rlx.learners import load_policy
 
-    run = load_run(storage.fetch(run_dir), physics)
+    run = load_run(run_dir, physics)
     built = (run.env, run.module, run.train_config, run.config)
     return Loaded(run.env, *load_policy(run.directory.path, *built, best, run.train_config.eval_mode))
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlx.errors import NonFiniteError
-from rlx.files import write_atomically
+from rlx.files import RUNS, write_atomically
 from rlx.logging import Progress
 from rlx.run_directory import FINISHED
-from rlx.storage import RUNS
 
 if TYPE_CHECKING:
     from rlx.signals import StopSignal

@@ -30,9 +30,9 @@ from rlx.cli.pairs import (
 )
 from rlx.cli.programs import failures, finished, spread_over_cpu, train_program
 from rlx.errors import UserError, require, unknown
+from rlx.files import RUNS
 from rlx.logging import Progress
 from rlx.run_directory import RunDirectory, run_directories
-from rlx.storage import RUNS
 from rlx.study import Program, load, programs, run_name, select
 
 if TYPE_CHECKING:
