@@ -116,7 +116,8 @@ class Brax:
             poses = [(state.pipeline_state.x.pos, state.pipeline_state.x.rot) for state in states]
             return viewer.page(self.env.sys, poses, page)
         viewer.check_drawing(self.mj_model)
-        return self.env.render([state.pipeline_state for state in states])
+        camera = viewer.camera_of(self.mj_model)
+        return self.env.render([state.pipeline_state for state in states], camera=camera)
 
 
 class BraxState(NamedTuple):

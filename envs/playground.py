@@ -159,7 +159,7 @@ class Playground:
             poses = viewer.poses(self.env.mj_model, [state.task.data for state in states])
             return viewer.page(self.env.mj_model, poses, page)
         viewer.check_drawing(self.env.mj_model)
-        return self.env.render([state.task for state in states])
+        return self.env.render([state.task for state in states], camera=viewer.camera_of(self.env.mj_model))
 
 
 def find_menagerie(name: str, override: str | None) -> Path:

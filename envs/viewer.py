@@ -30,6 +30,12 @@ def check_drawing(model: mujoco.MjModel) -> None:
         raise UserError(f"MuJoCo cannot draw here (MUJOCO_GL is {chosen}; {why}). {DRAWING}") from error
 
 
+def camera_of(model: mujoco.MjModel) -> str | None:
+    """The model's first camera that moves with a body, so that films keep it in sight; None: a free camera."""
+    moving = np.flatnonzero(model.cam_mode == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM)
+    return model.camera(int(moving[0])).name or None if len(moving) else None
+
+
 def posed(model: mujoco.MjModel, data: Sequence[Any]) -> Iterator[mujoco.MjData]:
     """MuJoCo's own data in the pose of each of MJX's; engines leave out what no task asks them for."""
     own = mujoco.MjData(model)

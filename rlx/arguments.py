@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -119,12 +120,12 @@ def whole(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primit
         return None
 
     def read(given: list[str]) -> int:
-        try:
+        with contextlib.suppress(ValueError):
             return int(given[0])
-        except ValueError:
-            if not float(given[0]).is_integer():
-                raise ValueError(f"{given[0]!r} is no whole number") from None
-            return int(float(given[0]))
+        with contextlib.suppress(ValueError):
+            if float(given[0]).is_integer():
+                return int(float(given[0]))
+        raise ValueError(f"{given[0]!r} is no whole number")
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,

@@ -118,7 +118,7 @@ def check_target(folder: Path, platforms: Sequence[str], overwrite: bool) -> Non
     is_folder = folder.is_dir() or not folder.exists()
     require(is_folder, "folder", str(folder), "a folder, or a name that nothing has yet")
     if any((folder / name).exists() for name in FILES) and not overwrite:
-        raise UserError(f"{str(folder)!r} already holds a policy: name another folder, or overwrite it.")
+        raise UserError(f"{str(folder)!r} already holds a policy: name another folder, or use --overwrite.")
 
 
 def check_onnx(mode: Mode) -> None:

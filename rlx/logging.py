@@ -164,6 +164,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self.quiet = quiet
         self._shown: dict[str, float] = {}
+        self._since: tuple[int, float] | None = None  # step and time of the first report
         self._last = ""
         self._bar: Any = None
         self._task: Any = None
@@ -207,10 +208,16 @@ class Progress:
 
     def update(self, step: int, steps_per_second: float, metrics: Mapping[str, float]) -> None:
         """One report. Returns are remembered, since not every report has an evaluation."""
+        if self.quiet:
+            return
         for name in ("train/return", "eval/return"):
             if math.isfinite(metrics.get(name, math.nan)):
                 self._shown[name] = metrics[name]
-        left = (self.total_steps - step) / steps_per_second if steps_per_second > 0 else math.inf
+        now = time.perf_counter()
+        self._since = self._since or (step, now)
+        done, seconds = step - self._since[0], now - self._since[1]  # evaluations and checkpoints take their part
+        rate = done / seconds if done and seconds > 1 else steps_per_second
+        left = (self.total_steps - step) / rate if rate > 0 else math.inf
         parts = [f"{step:,}/{self.total_steps:,} steps", f"{steps_per_second:,.0f} steps/s"]
         parts += [f"{name} {value:.4g}" for name, value in self._shown.items()]
         text = "  ".join([*parts, f"{_duration(max(left, 0.0))} left"])

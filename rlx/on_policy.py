@@ -205,6 +205,9 @@ def make_update(
 ) -> Update:
     """Advantages, then epochs of gradient steps on objective + value_coef * 1/2 E[(V - target)^2].
 
+    `objective` sees minibatches whose advantages are normalised already, if the Config says so. Metrics are means over
+    all gradient steps, but for its "ratio_deviation", of which the first minibatch's is logged alone, as
+    "first_ratio_deviation": 0 but for rounding, or the policy that acted is not the one that learns.
     `prepare`: what minibatches are made of, if not the trajectory: (params before the update, batch, key) -> batch.
     `stop_kl`: nats after which nothing is learnt from this trajectory any more. `segments`: minibatches hold whole
     columns. The rest: see PPO's Config.

@@ -65,6 +65,8 @@ class RunDirectory:
         if "config.json" in present and not overwrite:
             name = os.fspath(storage.home(folder))
             raise UserError(f"{name!r} already holds a run: use `rlx resume {name}`, or --overwrite.")
+        if RUNS in present:
+            raise UserError(f"{str(folder)!r} holds many runs; name another folder for a single one.")
         if present and "config.json" not in present:
             names = ", ".join(present[:4])
             raise UserError(f"{str(folder)!r} is not empty and holds no run ({names}); name another run directory.")
@@ -96,7 +98,7 @@ class RunDirectory:
         file = folder / "config.json"
         if not file.is_file():
             what = "holds no run (no config.json)" if folder.is_dir() else "does not exist"
-            inside = sorted(path.parent.name for path in folder.glob(f"*/{RUNS}"))
+            inside = sorted({path.parent.name for name in (RUNS, "config.json") for path in folder.glob(f"*/{name}")})
             what += f"; name one of the folders of runs in it: {', '.join(inside)}" if inside else ""
             raise UserError(f"run directory {str(folder)!r} {what}.")
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -41,9 +42,15 @@ def check_video(path: str | Path, fps: float | None = None) -> None:
     require(fps is None or 0 < fps <= fastest, "fps", fps, f"above 0, and at most {fastest} in a {Path(path).suffix}")
 
 
-def pace(path: str | Path, spec: Spec, fps: float | None = None) -> float:
-    """`fps`, or those by which a film passes as fast as what it shows: slower where such a file cannot have so many."""
-    return fps or min(real_time(spec), FASTEST[Path(path).suffix])
+def pace(path: str | Path, spec: Spec, fps: float | None = None) -> tuple[float, int]:
+    """Frames a second of a film, and of how many states one is drawn.
+
+    Every state, at `fps`; without, as fast as what it shows passes, where a file has not so many frames a part of them.
+    """
+    if fps is not None:
+        return fps, 1
+    every = math.ceil(real_time(spec) / FASTEST[Path(path).suffix] - 1e-6)
+    return real_time(spec) / every, every
 
 
 def choose_gl() -> None:
@@ -65,12 +72,15 @@ def check_drawn(env: Environment, path: str | Path) -> None:
     render(env, [jax.device_get(state)], page=1.0 if Path(path).suffix == ".html" else None)
 
 
-def film(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int) -> Iterator[np.ndarray]:
+def film(
+    env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int, every: int = 1
+) -> Iterator[np.ndarray]:
     """Frames [H, W, 3] uint8 of the first episodes of an evaluation, one behind the other: each from its reset to its
-    ending. They are drawn as they are asked for, an episode at a time. Raises UserError where there is nothing to draw.
+    ending, of `every` so many states one. They are drawn as they are asked for, an episode at a time. Raises UserError
+    where there is nothing to draw.
     """
     for states in play(env, player, policy, key, num_episodes):
-        yield from np.asarray(render(env, states), np.uint8)
+        yield from np.asarray(render(env, states[::every]), np.uint8)
 
 
 def page(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int, fps: float) -> str:

@@ -360,6 +360,9 @@ def test_one_run_of_many_goes_on_alone(tmp_path):
     config, algo = runs["seed-1"]
     alone = train(Counter(5), ppo, config, algo, run_dir=tmp_path / "seed-1", resume=True, progress=quiet())
     assert int(alone.state.iteration) == 5 and not alone.interrupted
+    with pytest.raises(UserError, match="'seed-1' has gone on alone to step .* which would be lost"):
+        many(runs, tmp_path, resume=True)
+    assert read_metrics(tmp_path / "seed-1/metrics.jsonl")[-1]["step"] == alone.history[-1]["step"]
 
 
 @pytest.mark.slow

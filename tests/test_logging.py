@@ -221,7 +221,7 @@ def test_without_a_terminal_progress_is_plain_lines(clock):
         "compiling ...",
         "compiling: 2.0 s",
         "500,000/2,000,000 steps  1,000 steps/s  train/return 1.25  25 min left",
-        "1,000,000/2,000,000 steps  0 steps/s  train/return 1.25  eval/return -7  ? left",
+        "1,000,000/2,000,000 steps  0 steps/s  train/return 1.25  eval/return -7  4 s left",
         "saved [1]",
     ]
 

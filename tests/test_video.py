@@ -180,12 +180,29 @@ def test_what_has_no_viewer_says_so():
         render(Drawn(3), [], page=0.1)
 
 
-def test_films_pass_as_fast_as_what_they_show_unless_the_format_or_the_user_says_otherwise():
+def test_films_pass_as_fast_as_what_they_show_unless_the_user_says_otherwise():
     spec = dataclasses.replace(Counter(3).spec, dt=0.0125, action_repeat=4)
-    assert pace("a.mp4", spec) == 20.0 and pace("a.mp4", spec, 5.0) == 5.0
-    assert pace("a.mp4", ActionRepeat(Counter(3), 2).spec) == 20.0  # not known
+    assert pace("a.mp4", spec) == (20.0, 1) and pace("a.mp4", spec, 5.0) == (5.0, 1)
+    assert pace("a.mp4", ActionRepeat(Counter(3), 2).spec) == (20.0, 1)  # not known
     fast = dataclasses.replace(spec, action_repeat=1)
-    assert (pace("a.mp4", fast), pace("a.gif", fast)) == (80.0, 50.0)
+    assert pace("a.mp4", fast) == (80.0, 1) and pace("a.gif", fast) == (40.0, 2)  # which has 50 frames at most
+    assert pace("a.gif", dataclasses.replace(spec, dt=0.01, action_repeat=2)) == (50.0, 1)
+
+
+def test_of_states_that_pass_too_fast_a_part_is_drawn():
+    algorithm = constant_algorithm(Plan(1, 1, 1))
+    player = make_player(Drawn(3), algorithm, 1, "sample", 0, None)
+    policy = algorithm.init(KEY)
+    every, second = (np.stack(list(film(Drawn(3), player, policy, KEY, 1, n))) for n in (1, 2))
+    np.testing.assert_array_equal(second, every[::2])
+
+
+def test_a_camera_that_moves_with_the_body_films_it():
+    xml = "<mujoco><worldbody><camera name='fixed'/><body><joint/><geom size='1'/>{}</body></worldbody></mujoco>"
+    moving = mujoco.MjModel.from_xml_string(xml.format("<camera name='side' mode='trackcom'/>"))
+    assert (
+        viewer.camera_of(moving) == "side" and viewer.camera_of(mujoco.MjModel.from_xml_string(xml.format(""))) is None
+    )
 
 
 @pytest.mark.parametrize(

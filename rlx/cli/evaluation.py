@@ -143,11 +143,11 @@ class Evaluation:
 
         video, count = self.options.video, self.options.video_episodes
         playing = (self.run.env, make_player(*self._playing(config)), policy, key_of(seed), count)
-        fps = pace(video, self.run.env.spec, self.options.fps)
+        fps, every = pace(video, self.run.env.spec, self.options.fps)
         if video.endswith(".html"):
             write_atomically(Path(video).absolute(), page(*playing, fps))
         else:
-            write_video(video, film(*playing), fps)
+            write_video(video, film(*playing, every), fps)
 
 
 def key_of(seed: int) -> Any:
