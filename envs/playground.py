@@ -155,11 +155,10 @@ class Playground:
     def render(self, states: Sequence[PlaygroundState], page: float | None = None) -> Any:
         from envs import viewer  # and brax with it
 
+        model, data = self.env.mj_model, [state.task.data for state in states]
         if page is not None:
-            poses = viewer.poses(self.env.mj_model, [state.task.data for state in states])
-            return viewer.page(self.env.mj_model, poses, page)
-        viewer.check_drawing(self.env.mj_model)
-        return self.env.render([state.task for state in states], camera=viewer.camera_of(self.env.mj_model))
+            return viewer.page(model, viewer.poses(model, data), page)
+        return viewer.frames(model, data, viewer.camera_of(model))
 
 
 def find_menagerie(name: str, override: str | None) -> Path:

@@ -30,10 +30,10 @@ def check_drawing(model: mujoco.MjModel) -> None:
         raise UserError(f"MuJoCo cannot draw here (MUJOCO_GL is {chosen}; {why}). {DRAWING}") from error
 
 
-def camera_of(model: mujoco.MjModel) -> str | None:
-    """The model's first camera that moves with a body, so that films keep it in sight; None: a free camera."""
+def camera_of(model: mujoco.MjModel) -> str | int:
+    """The model's first camera that moves with a body, so that films keep it in sight; -1: a free camera."""
     moving = np.flatnonzero(model.cam_mode == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM)
-    return model.camera(int(moving[0])).name or None if len(moving) else None
+    return model.camera(int(moving[0])).name or -1 if len(moving) else -1
 
 
 def posed(model: mujoco.MjModel, data: Sequence[Any]) -> Iterator[mujoco.MjData]:

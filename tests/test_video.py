@@ -199,10 +199,8 @@ def test_of_states_that_pass_too_fast_a_part_is_drawn():
 
 def test_a_camera_that_moves_with_the_body_films_it():
     xml = "<mujoco><worldbody><camera name='fixed'/><body><joint/><geom size='1'/>{}</body></worldbody></mujoco>"
-    moving = mujoco.MjModel.from_xml_string(xml.format("<camera name='side' mode='trackcom'/>"))
-    assert (
-        viewer.camera_of(moving) == "side" and viewer.camera_of(mujoco.MjModel.from_xml_string(xml.format(""))) is None
-    )
+    for camera, found in (("<camera name='side' mode='trackcom'/>", "side"), ("", -1)):
+        assert viewer.camera_of(mujoco.MjModel.from_xml_string(xml.format(camera))) == found
 
 
 @pytest.mark.parametrize(

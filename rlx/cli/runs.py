@@ -75,7 +75,9 @@ def train(arguments: list[str]) -> int:
             spread_over_cpu(options.num_seeds)
         require(not (many and options.wandb), "--wandb", options.wandb, "it takes one run at a time")
         run_dir = storage.fetch(options.run_dir or default_run_dir(pair, train_config.seed))
-        say(quiet, f"{pair.algorithm} on {pair.env}, seed {train_config.seed}, in {storage.home(run_dir)}")
+        last = train_config.seed + options.num_seeds - 1
+        seeds = f"seeds {train_config.seed} to {last}" if many else f"seed {last}"
+        say(quiet, f"{pair.algorithm} on {pair.env}, {seeds}, in {storage.home(run_dir)}")
         say(quiet or storage.home(run_dir) == run_dir, f"its logs are staged in {run_dir}")
         say(quiet, settings.describe(merged))
         with shown.phase("building"):
