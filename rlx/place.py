@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ from rlx.records import check_same_settings, note_resume, say_other_devices
 from rlx.run_directory import RunDirectory, group_of
 
 LOST = 60.0  # seconds in which processes of a run that lost one of them end, and leave its directory
+
+
+def check_free(path: Path, names: Sequence[str], many: bool, overwrite: bool) -> None:
+    """Raises UserError where a run, or `many` with these names, may not begin in `path`."""
+    if many:
+        group.check_free(path, names, overwrite)
+    else:
+        RunDirectory.check_free(path, overwrite)
 
 
 class Place:
@@ -46,10 +54,8 @@ class Place:
         if resume:
             self._directories = self._reopen(self._path)
             say_other_devices(self._directories[0].config, next(iter(descriptions.values())), progress)
-        elif many:
-            group.check_free(self._path, list(descriptions), overwrite)
         else:
-            on_first(partial(RunDirectory.check_free, self._path, overwrite))
+            on_first(partial(check_free, self._path, list(descriptions), many, overwrite))
         check_shared(self._path)
 
     def _reopen(self, path: Path) -> list[RunDirectory]:

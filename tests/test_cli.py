@@ -235,8 +235,12 @@ def test_a_run_is_trained_resumed_evaluated_and_drawn(pair, capsys, monkeypatch,
 def test_a_run_directory_in_use_is_refused_unless_overwritten(pair, capsys):
     arguments = ["train", *pair, *TINY, "--run-dir", "a", "--quiet"]
     assert run(capsys, *arguments)[0] == 0
-    status, _, err = run(capsys, *arguments)
-    assert status == 2 and err.startswith("error: ") and "already holds a run" in err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlx.cli.runs.load_env", lambda pair: pytest.fail("an environment was built first"))
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and err.startswith("error: ") and "already holds a run" in err
+        status, _, err = run(capsys, *arguments, "--num-seeds", "2")
+        assert status == 2 and "holds a single run" in err
     assert run(capsys, *arguments, "--overwrite", "--seed", "5")[::2] == (0, "")
     assert config_of("a")["train"]["seed"] == 5
 

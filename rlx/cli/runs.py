@@ -62,6 +62,7 @@ def train(arguments: list[str]) -> int:
             from rlx import training
             from rlx.arguments import parse_train
             from rlx.distributed import on_first
+            from rlx.place import check_free
         options, merged = parse_train(pair.env, pair.algorithm, arguments[2:], training.TrainConfig, algorithm)
         pair = with_overrides(pair._replace(physics=options.physics), settings.values(merged, "env."))
         merged |= {f"env.{key}": merged[f"env.{key}"]._replace(value=value) for key, value in pair.overrides.items()}
@@ -77,6 +78,12 @@ def train(arguments: list[str]) -> int:
         run_dir = storage.fetch(options.run_dir or default_run_dir(pair, train_config.seed))
         last = train_config.seed + options.num_seeds - 1
         seeds = f"seeds {train_config.seed} to {last}" if many else f"seed {last}"
+        runs = {
+            f"seed-{seed}": (dataclasses.replace(train_config, seed=seed), config)
+            for seed in range(train_config.seed, train_config.seed + options.num_seeds)
+        }
+        if not begun():  # several processes go on with what is there
+            check_free(run_dir, list(runs), many, options.overwrite)
         say(quiet, f"{pair.algorithm} on {pair.env}, {seeds}, in {storage.home(run_dir)}")
         say(quiet or storage.home(run_dir) == run_dir, f"its logs are staged in {run_dir}")
         say(quiet, settings.describe(merged))
@@ -98,10 +105,6 @@ def train(arguments: list[str]) -> int:
             keywords |= {"overwrite": False, "resume": True}
         if not many:
             return finish(training.train(env, algorithm, train_config, config, record=record, **keywords), run_dir)
-        runs = {
-            f"seed-{seed}": (dataclasses.replace(train_config, seed=seed), config)
-            for seed in range(train_config.seed, train_config.seed + options.num_seeds)
-        }
         records = {
             name: {**record, "settings": {**record["settings"], "seed": {"value": own.seed, "from": "num_seeds"}}}
             for name, (own, _) in runs.items()
