@@ -42,11 +42,10 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
 
 
 @contextmanager
-def locked(path: str | os.PathLike[str], patience: float = 0.0, shared: bool = False) -> Iterator[None]:
+def locked(path: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None]:
     """Holds an existing folder against other processes that train into it, until they end or are killed.
 
-    `shared`: others may hold it so too. Raises UserError where one still does after `patience` seconds. File systems
-    without locks go without.
+    Raises UserError where one still does after `patience` seconds. File systems without locks go without.
     """
     import fcntl
 
@@ -55,7 +54,7 @@ def locked(path: str | os.PathLike[str], patience: float = 0.0, shared: bool = F
         with suppress(OSError):
             while True:
                 try:
-                    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError as error:
                     if time.monotonic() >= last:

@@ -221,13 +221,6 @@ class GroupRecorder:
             abstract = (abstract_state, jax.eval_shape(lambda: self._best))
             found, step = restore_newest(self._checkpointer, abstract, self._progress, ("algorithm", "env", "runs"))
             state, self._best = found or (None, self._best)
-        for name, directory in self._directories.items():
-            alone = max(Checkpointer(directory.checkpoints_path).steps(), default=-1)
-            if step is not None and alone > step:
-                raise UserError(
-                    f"{name!r} has gone on alone to step {alone:,}, which would be lost: the runs in "
-                    f"{str(first.path.parent)!r} are at {step:,} together. `rlx resume` each of the others alone."
-                )
         for index, (name, directory) in enumerate(self._directories.items()):
             file = directory.path / FAILED
             if state is not None and file.exists() and state.stopped[index] >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 
 from rlx import settings, storage
 from rlx.algorithm import Algorithm, Data, Key, Mode, Plan, Policy
+from rlx.checkpoint import Checkpointer
 from rlx.environment import Environment
 from rlx.epoch import TrainState
 from rlx.errors import UserError, require
-from rlx.recording import check_alone, open_checkpoints
+from rlx.recording import open_checkpoints
 from rlx.records import reference_of
-from rlx.run_directory import RunDirectory
+from rlx.run_directory import RunDirectory, group_of
 from rlx.schedule import TrainConfig, make_schedule, one_device
 from rlx.sharding import without_past
 from rlx.types import Discrete, PyTree, Spec
@@ -156,7 +158,7 @@ def load_policy(
     plan = make_schedule(env, one_device(train_config)).plan
     built = algorithm.make(config, env.spec, plan)  # unchecked: what it needs to learn need not be here
     directory = RunDirectory.open(storage.fetch(run_dir))
-    check_alone(directory)
+    check_own(directory)
     checkpointer = open_checkpoints(directory, train_config.keep_checkpoints)
     learner = without_past(jax.eval_shape(built.init, jax.random.key(0)))
     if best:
@@ -165,3 +167,14 @@ def load_policy(
     # The learner alone: the environments' part depends on the physics engine, which may be another one here.
     state, step = checkpointer.restore(TrainState(learner, (), (), ()), step, partial=True)  # type: ignore[arg-type]
     return built, built.policy(state.learner, mode), step
+
+
+def check_own(directory: RunDirectory) -> None:
+    """Raises UserError for one of many runs whose state lies in the checkpoints that they share, as after a kill."""
+    whole = group_of(directory.path)
+    if whole and Checkpointer(directory.checkpoints_path).empty() and not Checkpointer(whole / "checkpoints").empty():
+        there = os.fspath(storage.home(whole))
+        raise UserError(
+            f"{directory.path.name!r} is one of the runs in {there!r}, which share their checkpoints until all end or "
+            f"are stopped: `rlx resume {there}` goes on with them."
+        )

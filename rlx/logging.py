@@ -164,7 +164,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self.quiet = quiet
         self._shown: dict[str, float] = {}
-        self._since: tuple[int, float] | None = None  # step and time of the first report
+        self._since: tuple[int, float] | None = None  # step and time of a run's first report
         self._last = ""
         self._bar: Any = None
         self._task: Any = None
@@ -214,7 +214,8 @@ class Progress:
             if math.isfinite(metrics.get(name, math.nan)):
                 self._shown[name] = metrics[name]
         now = time.perf_counter()
-        self._since = self._since or (step, now)
+        if self._since is None or step <= self._since[0]:  # the first, or the first of another run
+            self._since = (step, now)
         done, seconds = step - self._since[0], now - self._since[1]  # evaluations and checkpoints take their part
         rate = done / seconds if done and seconds > 1 else steps_per_second
         left = (self.total_steps - step) / rate if rate > 0 else math.inf

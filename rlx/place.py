@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,9 @@ from typing import Any
 
 from rlx import group, storage
 from rlx.distributed import check_shared, on_first, several
-from rlx.errors import require
+from rlx.errors import UserError, require
 from rlx.files import locked
 from rlx.logging import Progress
-from rlx.recording import check_alone
 from rlx.records import check_same_settings, note_resume, say_other_devices
 from rlx.run_directory import RunDirectory, group_of
 
@@ -25,7 +25,19 @@ def check_free(path: Path, names: Sequence[str], many: bool, overwrite: bool) ->
     if many:
         group.check_free(path, names, overwrite)
     else:
+        check_alone(path)
         RunDirectory.check_free(path, overwrite)
+
+
+def check_alone(path: Path) -> None:
+    """Raises UserError for one of the runs of a program: it would be taken back, or begun anew, with the others."""
+    whole = group_of(path)
+    if whole:
+        there = os.fspath(storage.home(whole))
+        raise UserError(
+            f"{path.name!r} is one of the runs in {there!r}, which go on together: `rlx resume {there}`. A copy of its "
+            "folder in another place goes on alone."
+        )
 
 
 class Place:
@@ -62,9 +74,9 @@ class Place:
         if self._many:
             return group.reopen(path, self._descriptions)
         (description,) = self._descriptions.values()
+        on_first(partial(check_alone, path))
         directory = RunDirectory(path, on_first(lambda: RunDirectory.open(path).config))
         check_same_settings(directory.config, description)
-        check_alone(directory)
         return [directory]
 
     def _create(self, path: Path) -> list[RunDirectory]:
@@ -76,9 +88,6 @@ class Place:
 
     def _lock(self, stack: contextlib.ExitStack) -> None:
         patience = LOST if several() else 0.0
-        whole = None if self._many else group_of(str(self._path))  # of which this one is one
-        if whole:
-            on_first(lambda: stack.enter_context(locked(whole, patience, shared=True)))
         on_first(lambda: stack.enter_context(locked(str(self._path), patience)))
 
     def hold(self, stack: contextlib.ExitStack) -> None:

@@ -19,7 +19,7 @@ from rlx.evaluation import EvalResult
 from rlx.files import write_atomically
 from rlx.logging import JsonlWriter, Progress, TensorboardWriter, WandbWriter, Writer
 from rlx.plotting import plot
-from rlx.run_directory import RunDirectory, group_of, read_metrics
+from rlx.run_directory import RunDirectory, read_metrics
 from rlx.storage import Mirror, put
 
 
@@ -179,16 +179,6 @@ def episodes(result: EvalResult) -> dict[str, list[Any]]:
     """What eval.json holds of an evaluation, one entry an episode; `diverged` only where the environment tells,
     `agent_returns`, a list an episode, only where it pays its agents apart."""
     return {name: np.asarray(value).tolist() for name, value in result._asdict().items() if value is not None}
-
-
-def check_alone(directory: RunDirectory) -> None:
-    """Raises UserError for one of many runs whose state lies in the checkpoints that they share, as after a kill."""
-    whole = group_of(directory.path)
-    if whole and Checkpointer(directory.checkpoints_path).empty() and not Checkpointer(whole / "checkpoints").empty():
-        raise UserError(
-            f"{directory.path.name!r} is one of the runs in {str(whole)!r}, which share their checkpoints until all "
-            f"end or are stopped: `rlx resume {whole}` goes on with them."
-        )
 
 
 def open_checkpoints(directory: RunDirectory, keep: int) -> Checkpointer:

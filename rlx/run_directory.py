@@ -62,14 +62,14 @@ class RunDirectory:
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(f"run directory {str(folder)!r} cannot be written: see {str(above)!r}; name another.")
         present = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.exists() else []
+        name = os.fspath(storage.home(folder))
         if "config.json" in present and not overwrite:
-            name = os.fspath(storage.home(folder))
             raise UserError(f"{name!r} already holds a run: use `rlx resume {name}`, or --overwrite.")
         if RUNS in present:
-            raise UserError(f"{str(folder)!r} holds many runs; name another folder for a single one.")
+            raise UserError(f"{name!r} already holds many runs; name another run directory.")
         if present and "config.json" not in present:
             names = ", ".join(present[:4])
-            raise UserError(f"{str(folder)!r} is not empty and holds no run ({names}); name another run directory.")
+            raise UserError(f"{name!r} is not empty and holds no run ({names}); name another run directory.")
         return present
 
     @staticmethod
@@ -99,7 +99,8 @@ class RunDirectory:
         if not file.is_file():
             what = "holds no run (no config.json)" if folder.is_dir() else "does not exist"
             inside = sorted({path.parent.name for name in (RUNS, "config.json") for path in folder.glob(f"*/{name}")})
-            what += f"; name one of the folders of runs in it: {', '.join(inside)}" if inside else ""
+            more = ", ..." if len(inside) > 4 else ""
+            what += f"; name one of the folders of runs in it: {', '.join(inside[:4])}{more}" if inside else ""
             raise UserError(f"run directory {str(folder)!r} {what}.")
         try:
             config = json.loads(file.read_text())

@@ -49,8 +49,9 @@ def pace(path: str | Path, spec: Spec, fps: float | None = None) -> tuple[float,
     """
     if fps is not None:
         return fps, 1
-    every = math.ceil(real_time(spec) / FASTEST[Path(path).suffix] - 1e-6)
-    return real_time(spec) / every, every
+    fastest = FASTEST[Path(path).suffix]
+    every = max(1, math.ceil(real_time(spec) / fastest - 1e-6))
+    return min(real_time(spec) / every, fastest), every
 
 
 def choose_gl() -> None:
@@ -83,10 +84,12 @@ def film(
         yield from np.asarray(render(env, states[::every]), np.uint8)
 
 
-def page(env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int, fps: float) -> str:
-    """The same episodes as a page of HTML that plays them. Raises UserError where the environment has no viewer."""
+def page(
+    env: Environment, player: Player, policy: Policy, key: Key, num_episodes: int, fps: float, every: int = 1
+) -> str:
+    """The same states as a page of HTML that plays them. Raises UserError where the environment has no viewer."""
     episodes = play(env, player, policy, key, num_episodes, 1 / fps)
-    return str(render(env, [state for states in episodes for state in states], 1 / fps))
+    return str(render(env, [state for states in episodes for state in states[::every]], 1 / fps))
 
 
 def play(

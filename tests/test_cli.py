@@ -223,7 +223,8 @@ def test_a_run_is_trained_resumed_evaluated_and_drawn(pair, capsys, monkeypatch,
     entry = json.loads((folder / "eval.json").read_text())
     assert entry["step"] == 64 and entry["returns"] == [3.0] * 5 and entry["lengths"] == [2.0] * 5
     assert run(capsys, "evaluate", folder, "--mode", "sample", "--episodes", "3")[0] == 0
-    assert json.loads((folder / "eval.json").read_text()) == entry  # holds deterministic evaluations only
+    assert run(capsys, "evaluate", folder, "--decisions", "1")[0] == 0
+    assert json.loads((folder / "eval.json").read_text()) == entry  # holds whole and deterministic episodes only
     assert run(capsys, "evaluate", folder, "--best")[0] == 0
     assert json.loads((folder / "eval.json").read_text())["step"] == 0  # all returns are equal: the first is the best
     status, out, err = run(capsys, "resume", folder)

@@ -179,11 +179,13 @@ def test_the_python_of_the_documents_runs(document, index, tmp_path, monkeypatch
     small = code.replace("total_steps=200_000", "total_steps=4_096")
     tiny = "rlx.TrainConfig(total_steps=4_096, num_envs=64), rlx.ppo.Config()"
     small = small.replace("rlx.tuned(env, rlx.ppo)", tiny)
-    assert small != code
+    if small == code:  # it plays with a run of the quick start
+        assert cli.main(["train", "ppo", "gymnax/CartPole-v1", *TINY, "--run-dir", "runs/cartpole"]) == 0
     names: dict = {}
     exec(small, names)  # noqa: S102
-    runs = names["many"].values() if "many" in names else [names["run"]]
+    runs = names["many"].values() if "many" in names else [names["run"]] if small != code else ()
     assert all(run.history[-1]["step"] == 4096 for run in runs)
+    assert runs or names["timestep"].reward.shape == ()
 
 
 def test_every_algorithm_has_a_page_with_its_paper_and_settings():

@@ -278,14 +278,12 @@ def test_they_are_a_folder_of_run_directories_and_refuse_one_that_holds_others(t
     assert len(again["seed-0"].history) == 6 and not (tmp_path / "runs/seed-1").exists()
 
 
-def test_one_whose_state_lies_in_the_shared_checkpoints_goes_on_with_the_others_alone(tmp_path):
+def test_one_whose_state_lies_in_the_shared_checkpoints_has_no_policy_of_its_own(tmp_path):
     runs, rows = seeds(2), []
     many(runs, tmp_path, on_epoch=lambda row: rows.append(row) or len(rows) == 2)
     shutil.rmtree(tmp_path / "seed-1/checkpoints")  # as after a kill
     before = (tmp_path / "seed-1/metrics.jsonl").read_bytes()
     config, algo = runs["seed-1"]
-    with pytest.raises(UserError, match="share their checkpoints.*rlx resume"):
-        train(Counter(5), ppo, config, algo, run_dir=tmp_path / "seed-1", resume=True, progress=quiet())
     with pytest.raises(UserError, match="share their checkpoints.*rlx resume"):
         load_policy(tmp_path / "seed-1", Counter(5), ppo, config, algo)
     assert (tmp_path / "seed-1/metrics.jsonl").read_bytes() == before
@@ -314,27 +312,12 @@ def test_of_two_that_begin_at_once_the_second_replaces_nothing(tmp_path, many):
         assert (directory.path / "metrics.jsonl").read_text() == "kept"
 
 
-def test_runs_of_many_and_one_of_them_do_not_go_on_at_once(tmp_path):
-    runs = seeds(2)
-    many(runs, tmp_path)
-    config, algo = runs["seed-1"]
-    with locked(tmp_path), pytest.raises(UserError, match="another process trains there"):
-        train(Counter(5), ppo, config, algo, run_dir=tmp_path / "seed-1", resume=True, progress=quiet())
-    with locked(tmp_path, shared=True):  # as another of them
-        train(Counter(5), ppo, config, algo, run_dir=tmp_path / "seed-1", resume=True, progress=quiet())
-
-
 def test_runs_that_another_process_trains_are_not_overwritten(tmp_path):
-    many(seeds(1), tmp_path / "runs")
-    before = (tmp_path / "runs/seed-0/metrics.jsonl").read_bytes()
-    config, algo = seeds(1)["seed-0"]
-    for folder in ("runs", "runs/seed-0"):
-        with locked(tmp_path / folder), pytest.raises(UserError, match="another process trains there"):
-            if folder == "runs":
-                many(seeds(1), tmp_path / folder, overwrite=True)
-            else:
-                train(Counter(5), ppo, config, algo, run_dir=tmp_path / folder, overwrite=True, progress=quiet())
-    assert (tmp_path / "runs/seed-0/metrics.jsonl").read_bytes() == before
+    many(seeds(1), tmp_path)
+    before = (tmp_path / "seed-0/metrics.jsonl").read_bytes()
+    with locked(tmp_path), pytest.raises(UserError, match="another process trains there"):
+        many(seeds(1), tmp_path, overwrite=True)
+    assert (tmp_path / "seed-0/metrics.jsonl").read_bytes() == before
 
 
 def test_every_seed_is_one_that_keys_can_be_made_of():
@@ -353,16 +336,21 @@ def test_other_versions_and_commits_that_runs_go_on_with_are_said_and_recorded_o
     assert capsys.readouterr().err.count("versions differ, so results may too: commit") == 1
 
 
-def test_one_run_of_many_goes_on_alone(tmp_path):
-    runs = seeds(2)
-    rows = []
-    many(runs, tmp_path, on_epoch=lambda row: rows.append(row) or len(rows) == 2)
+def test_a_copy_of_one_run_of_many_goes_on_alone_and_the_run_itself_with_the_others(tmp_path):
+    """What went on alone would be taken back by those that go on together."""
+    runs, rows = seeds(2), []
+    many(runs, tmp_path / "runs", on_epoch=lambda row: rows.append(row) or len(rows) == 2)
+    one = tmp_path / "runs/seed-1"
+    shutil.copytree(one, tmp_path / "copy")
+    before = (one / "config.json").read_bytes(), (one / "metrics.jsonl").read_bytes()
     config, algo = runs["seed-1"]
-    alone = train(Counter(5), ppo, config, algo, run_dir=tmp_path / "seed-1", resume=True, progress=quiet())
+    refused = "'seed-1' is one of the runs in .* which go on together: `rlx resume .*runs`"
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match=refused):
+            train(Counter(5), ppo, config, algo, run_dir=one, progress=quiet(), **how)
+    assert ((one / "config.json").read_bytes(), (one / "metrics.jsonl").read_bytes()) == before
+    alone = train(Counter(5), ppo, config, algo, run_dir=tmp_path / "copy", resume=True, progress=quiet())
     assert int(alone.state.iteration) == 5 and not alone.interrupted
-    with pytest.raises(UserError, match="'seed-1' has gone on alone to step .* which would be lost"):
-        many(runs, tmp_path, resume=True)
-    assert read_metrics(tmp_path / "seed-1/metrics.jsonl")[-1]["step"] == alone.history[-1]["step"]
 
 
 @pytest.mark.slow
@@ -389,3 +377,4 @@ def test_the_command_line_trains_resumes_evaluates_and_plots_many_seeds(tmp_path
     assert cli.main(["plot", "runs", "--out", "curves.svg"]) == 0
     assert (tmp_path / "curves.svg").stat().st_size > 0
     assert cli.main(["evaluate", "runs/seed-3", "--episodes", "2"]) == 0
+    assert cli.main(["resume", "runs/seed-3"]) == 2 and "go on together" in capsys.readouterr().err

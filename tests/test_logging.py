@@ -226,6 +226,16 @@ def test_without_a_terminal_progress_is_plain_lines(clock):
     ]
 
 
+def test_time_left_of_a_second_run_is_by_its_own_pace(clock):
+    progress = Progress(100, stream := io.StringIO())
+    progress.update(10, 5, {})
+    for _ in range(100):
+        logging.time.perf_counter()
+    for step in (10, 20, 30):
+        progress.update(step, 5, {})
+    assert stream.getvalue().splitlines()[-1].endswith("14 s left")  # 10 steps take 2 s
+
+
 def test_a_phase_that_comes_again_is_summed_and_not_announced(clock):
     stream = io.StringIO()
     progress = Progress(10, stream)

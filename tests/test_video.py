@@ -187,6 +187,8 @@ def test_films_pass_as_fast_as_what_they_show_unless_the_user_says_otherwise():
     fast = dataclasses.replace(spec, action_repeat=1)
     assert pace("a.mp4", fast) == (80.0, 1) and pace("a.gif", fast) == (40.0, 2)  # which has 50 frames at most
     assert pace("a.gif", dataclasses.replace(spec, dt=0.01, action_repeat=2)) == (50.0, 1)
+    assert pace("a.gif", dataclasses.replace(spec, dt=0.02 - 1e-9, action_repeat=1)) == (50.0, 1)  # but for rounding
+    assert pace("a.mp4", dataclasses.replace(spec, dt=7200.0, action_repeat=1)) == (1 / 7200, 1)
 
 
 def test_of_states_that_pass_too_fast_a_part_is_drawn():

@@ -43,12 +43,12 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    text = "Play whole episodes with a run's policy; in the run's own mode they are written to its eval.json."
+    text = "Play episodes with a run's policy; whole ones in the run's own mode are written to its eval.json."
     parser = argparse.ArgumentParser("rlx evaluate", description=text, allow_abbrev=False)
     parser.add_argument("run_dir")
     parser.add_argument("--episodes", type=int, default=128, help="how many, in parallel (128)")
     parser.add_argument("--seed", type=int, help="decides the starts and the noise (the run's own, as in training)")
-    parser.add_argument("--decisions", type=int, default=0, help="cut of an episode (0: the time limit)")
+    parser.add_argument("--decisions", type=int, default=0, help="cut an episode there (0: as the run does)")
     parser.add_argument("--best", action="store_true", help="the policy of the best evaluation, not the newest")
     parser.add_argument("--mode", choices=("greedy", "sample"), help="greedy is deterministic (the run's own)")
     parser.add_argument("--physics", default="", help="another engine than the run's: mjx, warp or mujoco")
@@ -127,7 +127,8 @@ class Evaluation:
             result = self._play_gymnasium(algorithm, policy, seed) if task else self._play(config, policy, seed)
         entry = {"step": step, "mode": self.mode, "seed": seed, "best": self.options.best}
         entry |= {"task": task} if task else {"physics": self.run.env.spec.physics or self.run.pair.physics}
-        if task or self.mode == self.run.train_config.eval_mode:
+        whole = self.options.decisions in (0, train_config.eval_decisions)
+        if task or whole and self.mode == train_config.eval_mode:
             target = path / (ON_GYMNASIUM if task else "eval.json")
             write_atomically(target, json.dumps(entry | episodes(result)) + "\n")
             storage.put(target)
@@ -145,7 +146,7 @@ class Evaluation:
         playing = (self.run.env, make_player(*self._playing(config)), policy, key_of(seed), count)
         fps, every = pace(video, self.run.env.spec, self.options.fps)
         if video.endswith(".html"):
-            write_atomically(Path(video).absolute(), page(*playing, fps))
+            write_atomically(Path(video).absolute(), page(*playing, fps, every))
         else:
             write_video(video, film(*playing, every), fps)
 

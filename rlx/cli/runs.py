@@ -189,7 +189,11 @@ def resume_options(arguments: list[str]) -> argparse.Namespace:
 
 def resume_runs(members: Sequence[Path], options: argparse.Namespace, shown: Progress) -> int:
     """Goes on with one run, or with many of one program, which lie beside each other."""
+    from rlx.place import check_alone
+
     recorded, folder = RunDirectory.open(members[0]).config, Path(options.run_dir).absolute()
+    if members == [folder]:
+        check_alone(folder)
     with shown.phase("building"):
         run = load_run(members[0])
         from rlx import training
