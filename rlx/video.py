@@ -122,16 +122,13 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
     first = next(frames, None)
     if first is None:
         raise UserError(f"{str(path)!r}: there are no frames to write.")
-    frames = itertools.chain([first], frames)
-    data = _mp4(frames, fps) if suffix == ".mp4" else _picture(frames, fps, suffix)
+    data = _mp4(first, frames, fps) if suffix == ".mp4" else _picture(first, frames, fps, suffix)
     write_atomically(Path(path).absolute(), data)
 
 
-def _mp4(frames: Iterable[np.ndarray], fps: float) -> bytes:
+def _mp4(first: np.ndarray, others: Iterable[np.ndarray], fps: float) -> bytes:
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    frames = iter(frames)
-    first = next(frames)
     height, width, _ = first.shape
     with tempfile.TemporaryDirectory() as folder:
         target, said = Path(folder) / "a.mp4", Path(folder) / "errors"
@@ -141,22 +138,22 @@ def _mp4(frames: Iterable[np.ndarray], fps: float) -> bytes:
         command = [get_ffmpeg_exe(), "-loglevel", "error", *source, *even, *coded, str(target)]
         with said.open("wb") as errors, subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors) as process:
             with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # type: ignore[union-attr]
-                for frame in itertools.chain([first], frames):
+                for frame in itertools.chain([first], others):
                     pipe.write(frame.tobytes())
         if process.returncode:
             raise UserError(f"ffmpeg cannot write this video: {said.read_text().strip()}")
         return target.read_bytes()
 
 
-def _picture(frames: Iterable[np.ndarray], fps: float, suffix: str) -> bytes:
+def _picture(first: np.ndarray, others: Iterable[np.ndarray], fps: float, suffix: str) -> bytes:
     from PIL import Image
 
-    first, *others = (Image.fromarray(frame) for frame in frames)
+    pictures = [Image.fromarray(frame) for frame in others]
     buffer = io.BytesIO()
     options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     # Each frame ends at the nearest tick that the format has: what a duration is rounded by does not add up.
     tick = 10 if suffix == ".gif" else 1
-    durations = tick * np.diff(np.rint(np.arange(len(others) + 2) * 1000 / fps / tick).astype(int))
-    options |= {"save_all": True, "append_images": others, "duration": durations.tolist(), "loop": 0}
-    first.save(buffer, format=suffix[1:], **options)
+    durations = tick * np.diff(np.rint(np.arange(len(pictures) + 2) * 1000 / fps / tick).astype(int))
+    options |= {"save_all": True, "append_images": pictures, "duration": durations.tolist(), "loop": 0}
+    Image.fromarray(first).save(buffer, format=suffix[1:], **options)
     return buffer.getvalue()

@@ -337,6 +337,8 @@ def test_the_command_line_plays_a_runs_policy_and_leaves_its_own_evaluation_alon
     assert (found["task"], found["seed"], found["step"], found["mode"]) == ("CartPole-v1", 7, 64, "greedy")
     assert found["returns"] == found["lengths"] and len(found["returns"]) == 3
     assert (run_dir / "eval.json").read_bytes() == before
+    assert cli.main([*evaluate, "--decisions", "2"]) == 0
+    assert json.loads((run_dir / "eval_gymnasium.json").read_text()) == found  # holds whole episodes only
     assert cli.main([*evaluate, "--video", "a.gif"]) == 2
     assert cli.main(["evaluate", str(run_dir), "--gymnasium", "Pendulum-v1"]) == 2
     error = capsys.readouterr().err

@@ -52,7 +52,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--best", action="store_true", help="the policy of the best evaluation, not the newest")
     parser.add_argument("--mode", choices=("greedy", "sample"), help="greedy is deterministic (the run's own)")
     parser.add_argument("--physics", default="", help="another engine than the run's: mjx, warp or mujoco")
-    what = "play this task of Gymnasium instead, HalfCheetah-v5 say; its result goes to eval_gymnasium.json"
+    what = "play this task of Gymnasium instead, HalfCheetah-v5 say; whole episodes go to eval_gymnasium.json"
     parser.add_argument("--gymnasium", metavar="TASK", help=what)
     formats = "a .mp4, .gif, animated .png or .webp, or for bodies a .html, which loads brax's viewer from the network"
     parser.add_argument("--video", metavar="FILE", help=f"draw the first of them: {formats}")
@@ -127,8 +127,9 @@ class Evaluation:
             result = self._play_gymnasium(algorithm, policy, seed) if task else self._play(config, policy, seed)
         entry = {"step": step, "mode": self.mode, "seed": seed, "best": self.options.best}
         entry |= {"task": task} if task else {"physics": self.run.env.spec.physics or self.run.pair.physics}
-        whole = self.options.decisions in (0, train_config.eval_decisions)
-        if task or whole and self.mode == train_config.eval_mode:
+        cut = self.options.decisions
+        whole = not cut if task else cut in (0, train_config.eval_decisions)
+        if whole and (task or self.mode == train_config.eval_mode):
             target = path / (ON_GYMNASIUM if task else "eval.json")
             write_atomically(target, json.dumps(entry | episodes(result)) + "\n")
             storage.put(target)

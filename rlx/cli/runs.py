@@ -76,15 +76,12 @@ def train(arguments: list[str]) -> int:
             spread_over_cpu(options.num_seeds)
         require(not (many and options.wandb), "--wandb", options.wandb, "it takes one run at a time")
         run_dir = storage.fetch(options.run_dir or default_run_dir(pair, train_config.seed))
-        last = train_config.seed + options.num_seeds - 1
-        seeds = f"seeds {train_config.seed} to {last}" if many else f"seed {last}"
-        runs = {
-            f"seed-{seed}": (dataclasses.replace(train_config, seed=seed), config)
-            for seed in range(train_config.seed, train_config.seed + options.num_seeds)
-        }
+        seeds = range(train_config.seed, train_config.seed + options.num_seeds)
+        runs = {f"seed-{seed}": (dataclasses.replace(train_config, seed=seed), config) for seed in seeds}
         if not begun():  # several processes go on with what is there
             check_free(run_dir, list(runs), many, options.overwrite)
-        say(quiet, f"{pair.algorithm} on {pair.env}, {seeds}, in {storage.home(run_dir)}")
+        which = f"seeds {seeds[0]} to {seeds[-1]}" if many else f"seed {seeds[0]}"
+        say(quiet, f"{pair.algorithm} on {pair.env}, {which}, in {storage.home(run_dir)}")
         say(quiet or storage.home(run_dir) == run_dir, f"its logs are staged in {run_dir}")
         say(quiet, settings.describe(merged))
         with shown.phase("building"):
